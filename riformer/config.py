@@ -1,0 +1,236 @@
+"""Every knob of a training, as frozen dataclasses. A `Recipe` holds them all; recipes.py makes recipes."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become tensors."""
+
+    name: str = "digits"
+    """data set: digits (built in), fashion-mnist, or folder:PATH (PATH/train and PATH/val, or one flat folder of
+    class folders that is split here)"""
+    root: str = ""
+    """where fashion-mnist lies or is downloaded to; empty looks in the system's folder and then in ~/.cache/riformer"""
+    img_size: int = 224
+    """height and width of the network's input, pixels"""
+    crop_pct: float = 0.9
+    """share of the resized image's side that the centre crop keeps in evaluation"""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """mean of the red, green and blue channel, of values in 0..1"""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """standard deviation of the red, green and blue channel, of values in 0..1"""
+    val_fraction: float = 0.2
+    """share of each class held out for validation when a folder has no val"""
+    on_bad: Literal["error", "skip"] = "error"
+    """what to do with images that cannot be read: stop and name them, or leave them out, counted and listed"""
+    num_workers: int = 0
+    """processes that decode and augment beside the training process"""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is drawn anew each time a training image is seen."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """smallest and largest share of the image's area in a random crop"""
+    hflip: float = 0.5
+    """probability of a horizontal flip; 0 where left and right have a meaning"""
+    color_jitter: float = 0.4
+    """strength of brightness, contrast and saturation jitter; unused when auto_augment is set"""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name of an augmentation policy (this one is RandAugment 9/0.5); empty for none"""
+    random_erasing: float = 0.25
+    """probability that a rectangle is erased"""
+    mixup: float = 0.8
+    """alpha of mixup; 0 for none"""
+    cutmix: float = 1.0
+    """alpha of cutmix; 0 for none"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network that is trained: a registered name, and arguments that differ from the name's own."""
+
+    name: str = "riformer_s12"
+    """model name, see `riformer list`"""
+    mixer: str = "affine"
+    """token mixer, see `riformer list`; affine is RIFormer's training form"""
+    depths: tuple[int, ...] | None = None
+    """blocks in each stage; null keeps the name's own"""
+    dims: tuple[int, ...] | None = None
+    """channels in each stage; null keeps the name's own"""
+    stem_patch: int | None = None
+    """kernel of the first convolution, pixels; null keeps 7"""
+    stem_stride: int | None = None
+    """stride of the first convolution, pixels; null keeps 4"""
+    layer_scale_init: float | None = None
+    """first value of the layer scales; null keeps the name's own"""
+    drop_path_rate: float = 0.0
+    """stochastic depth of the last block, rising linearly from 0 at the first"""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The token-mixer network that a run trains for itself first, when a teacher is named "own"."""
+
+    mixer: str = "pooling"
+    """token mixer of the teacher, whose other sizes are the student's"""
+    epochs: int = 120
+    """epochs of the teacher's own training, on labels"""
+    lr: float = 1e-3
+    """peak learning rate of the teacher's own training"""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What the network learns from: weights of the terms, and the two teachers behind them."""
+
+    logit_teacher: str = ""
+    """whose logits are learned: "own" (trained first in the same run), a run folder, a model folder or file, or
+    timm:NAME for a pretrained model; empty for none"""
+    module_teacher: str = ""
+    """whose blocks and mixers are imitated and whose weights the student may start from; named as the logit teacher is"""
+    start_from_teacher: bool = False
+    """start from the module teacher's weights, all but its mixers"""
+    label_weight: float = 1.0
+    """weight of the cross-entropy to the label"""
+    hard_weight: float = 0.0
+    """weight of the cross-entropy to the logit teacher's arg-max"""
+    soft_weight: float = 0.0
+    """weight of the divergence from the logit teacher's probabilities"""
+    temperature: float = 1.0
+    """softens both sides of the soft term, which is multiplied by its square"""
+    block_weight: float = 0.0
+    """weight of the distance between block outputs (L_in')"""
+    mixer_weight: float = 0.0
+    """weight of the distance between mixer outputs (L_out)"""
+    relation_weight: float = 0.0
+    """weight of the distance between token-by-token cosine similarities of block outputs (L_rel)"""
+    positions: str | tuple[str, ...] = "last"
+    """blocks that imitate: last (of each stage), all, or a list such as ["stages.0.blocks.1"]"""
+    block_match: Literal["normalised", "raw"] = "normalised"
+    """compare block outputs after a layer norm without parameters, or as they are"""
+    relation_tokens: int = 196
+    """most tokens of a map that the relation term compares; larger maps are average-pooled down to it"""
+    schedule: Literal["constant", "cosine", "first_phase"] = "constant"
+    """how the three imitation weights go over training: constant, cosine to zero, or on for the first part only"""
+    phase: float = 0.5
+    """share of training that the first_phase schedule lasts"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights are updated."""
+
+    name: str = "adamw"
+    """timm's name of the optimiser"""
+    lr: float = 4e-3
+    """peak learning rate, for the whole batch"""
+    weight_decay: float = 0.05
+    """weight decay, on matrices and kernels only"""
+    epochs: int = 300
+    """passes over the training images"""
+    warmup_epochs: float = 5.0
+    """epochs of linear warm-up"""
+    min_lr: float = 1e-5
+    """learning rate at the end of the cosine"""
+    batch_size: int = 4096
+    """images in one optimiser step, over all processes and accumulation steps together"""
+    accumulation: int = 1
+    """parts that a process splits its share of the batch into, one after the other"""
+    clip_grad: float = 0.0
+    """largest norm of the gradient; 0 does not clip"""
+    label_smoothing: float = 0.1
+    """probability mass that the label term spreads over all classes"""
+    ema_decay: float = 0.0
+    """decay of the moving average of the weights, which is then what is evaluated and kept; 0 for none"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """fp32, or bf16 autocast"""
+    compile: bool = False
+    """torch.compile the student"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete configuration of one training."""
+
+    name: str = "custom"
+    """what reports call it"""
+    seed: int = 0
+    """decides initialisation, order, augmentation and every other draw"""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON types."""
+    return asdict(recipe)
+
+
+def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
+    """The recipe that `to_dict` wrote.
+
+    Raises:
+        ValueError: a knob that does not exist; the message names it.
+    """
+    known = get_type_hints(cls)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{cls.__name__} has no {name!r}; it has {sorted(known)}")
+    built = {}
+    for f in fields(cls):
+        if f.name in values:
+            value = values[f.name]
+            kind = known[f.name]
+            nested = is_dataclass(kind) and isinstance(value, dict)
+            built[f.name] = from_dict(value, kind) if nested else tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuses settings that contradict each other or would have no effect.
+
+    Raises:
+        ValueError: names the settings, their values and what is allowed.
+    """
+    distill, optim, augment = recipe.distill, recipe.optim, recipe.augment
+    weights = {f.name: getattr(distill, f.name) for f in fields(distill) if f.name.endswith("_weight")}
+    imitation = {name: weights[name] for name in ("block_weight", "mixer_weight", "relation_weight")}
+    problems = [f"distill.{name} is {value}; weights are 0 or more" for name, value in weights.items() if value < 0]
+    if not any(weights.values()):
+        problems.append("every weight in distill is 0: nothing would be learned")
+    if (distill.soft_weight or distill.hard_weight) and not distill.logit_teacher:
+        problems.append("distill.soft_weight or hard_weight is set but distill.logit_teacher is empty")
+    if distill.logit_teacher and not (distill.soft_weight or distill.hard_weight):
+        problems.append(f"distill.logit_teacher is {distill.logit_teacher!r} but soft_weight and hard_weight are 0")
+    uses_modules = any(imitation.values()) or distill.start_from_teacher
+    if uses_modules and not distill.module_teacher:
+        problems.append("imitation weights or start_from_teacher are set but distill.module_teacher is empty")
+    if distill.module_teacher and not uses_modules:
+        problems.append(f"distill.module_teacher is {distill.module_teacher!r} but nothing is taken from it")
+    if distill.schedule != "constant" and not any(imitation.values()):
+        problems.append(f"distill.schedule is {distill.schedule!r} but the three imitation weights are 0")
+    if distill.temperature <= 0:
+        problems.append(f"distill.temperature is {distill.temperature}; it must be above 0")
+    if not 0 < distill.phase <= 1:
+        problems.append(f"distill.phase is {distill.phase}; it must lie in 0..1")
+    if not 0 < recipe.data.val_fraction < 1:
+        problems.append(f"data.val_fraction is {recipe.data.val_fraction}; it must lie between 0 and 1")
+    if optim.epochs < 1 or optim.batch_size < 1 or optim.accumulation < 1:
+        problems.append("optim.epochs, optim.batch_size and optim.accumulation must be 1 or more")
+    elif optim.batch_size % optim.accumulation:
+        problems.append(f"optim.batch_size {optim.batch_size} does not divide by accumulation {optim.accumulation}")
+    elif (augment.mixup or augment.cutmix) and optim.batch_size // optim.accumulation % 2:
+        problems.append(f"mixup and cutmix need even batches, not {optim.batch_size // optim.accumulation}")
+    if optim.warmup_epochs >= optim.epochs:
+        problems.append(f"optim.warmup_epochs {optim.warmup_epochs} leaves none of the {optim.epochs} epochs")
+    if not 0 <= optim.ema_decay < 1:
+        problems.append(f"optim.ema_decay is {optim.ema_decay}; it must lie in 0..1")
+    if problems:
+        raise ValueError(f"recipe {recipe.name!r}:\n  " + "\n  ".join(problems))

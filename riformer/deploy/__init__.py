@@ -1,0 +1,1 @@
+"""How the network is used after training: parity checks and predictions."""

@@ -1,0 +1,1 @@
+"""What the network is: backbones, token mixers, the exact fuse, weights."""

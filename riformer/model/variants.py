@@ -1,0 +1,90 @@
+"""Names and sizes, and their registration with timm: `timm.create_model("riformer_s12")`.
+
+Every name builds the training form; `mixer="identity"` builds the deploy form, `mixer="pooling"` PoolFormer with the
+official head, and any argument of `MetaFormer` may be given.
+"""
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from riformer.model.metaformer import MetaFormer
+from riformer.model.weights import to_timm_keys
+
+VARIANTS = {
+    "riformer_s12": dict(depths=(2, 2, 6, 2), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
+    "riformer_s24": dict(depths=(4, 4, 12, 4), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
+    "riformer_s36": dict(depths=(6, 6, 18, 6), dims=(64, 128, 320, 512), layer_scale_init=1e-6),
+    "riformer_m36": dict(depths=(6, 6, 18, 6), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
+    "riformer_m48": dict(depths=(8, 8, 24, 8), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
+}
+
+# The authors' checkpoints (mmpretrain's model zoo), training form, 600 epochs: 224 px, and 30 more epochs at 384 px.
+_ZOO = "https://download.openmmlab.com/mmclassification/v1/riformer/riformer-"
+_ZOO_FILES = {
+    "riformer_s12": ("s12_32xb128_in1k_20230406-6741ce71.pth", "s12_32xb128_in1k-384px_20230406-145eda4c.pth"),
+    "riformer_s24": ("s24_32xb128_in1k_20230406-fdab072a.pth", "s24_32xb128_in1k-384px_20230406-bafae7ab.pth"),
+    "riformer_s36": ("s36_32xb128_in1k_20230406-fdfcd3b0.pth", "s36_32xb128_in1k-384px_20230406-017ed3c4.pth"),
+    "riformer_m36": ("m36_32xb128_in1k_20230406-2fcb9d9b.pth", "m36_32xb128_in1k-384px_20230406-66a6f764.pth"),
+    "riformer_m48": ("m48_32xb128_in1k_20230406-2b9d1abf.pth", "m48_32xb128_in1k-384px_20230406-2e874826.pth"),
+}
+
+
+def _pretrained_cfg(name: str, file: str, img_size: int) -> dict:
+    return {
+        "url": _ZOO + file,
+        "num_classes": 1000,
+        "input_size": (3, img_size, img_size),
+        "pool_size": (img_size // 32, img_size // 32),
+        "crop_pct": 0.95 if "_m" in name else 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        "first_conv": "stem.conv",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2304.05659",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.mmpretrain_in1k": _pretrained_cfg(name, files[0], 224) for name, files in _ZOO_FILES.items()}
+    | {f"{name}.mmpretrain_in1k_384": _pretrained_cfg(name, files[1], 384) for name, files in _ZOO_FILES.items()}
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> MetaFormer:
+    args = {**VARIANTS[name], **kwargs}
+    out_indices = args.pop("out_indices", tuple(range(len(args["depths"]))))
+    return build_model_with_cfg(
+        MetaFormer,
+        name,
+        pretrained,
+        pretrained_filter_fn=lambda state, model: to_timm_keys(state),
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **args,
+    )
+
+
+@register_model
+def riformer_s12(pretrained: bool = False, **kwargs) -> MetaFormer:
+    return _create("riformer_s12", pretrained, **kwargs)
+
+
+@register_model
+def riformer_s24(pretrained: bool = False, **kwargs) -> MetaFormer:
+    return _create("riformer_s24", pretrained, **kwargs)
+
+
+@register_model
+def riformer_s36(pretrained: bool = False, **kwargs) -> MetaFormer:
+    return _create("riformer_s36", pretrained, **kwargs)
+
+
+@register_model
+def riformer_m36(pretrained: bool = False, **kwargs) -> MetaFormer:
+    return _create("riformer_m36", pretrained, **kwargs)
+
+
+@register_model
+def riformer_m48(pretrained: bool = False, **kwargs) -> MetaFormer:
+    return _create("riformer_m48", pretrained, **kwargs)

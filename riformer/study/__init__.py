@@ -1,0 +1,1 @@
+"""How claims are measured: cost, evaluation of runs, the ladder, reports."""

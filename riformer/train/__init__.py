@@ -1,0 +1,1 @@
+"""How the network is trained: data, the loop, evaluation, the run folder."""
