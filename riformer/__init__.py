@@ -7,6 +7,6 @@ from riformer.model import variants as variants
 from riformer.model.fuse import fold, fuse
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load, save, start_from
+from riformer.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["MetaFormer", "fold", "fuse", "load", "save", "start_from"]
+__all__ = ["MetaFormer", "__version__", "fold", "fuse", "load", "save", "start_from"]

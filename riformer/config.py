@@ -91,7 +91,7 @@ class DistillConfig:
     """whose logits are learned: "own" (trained first in the same run), a run folder, a model folder or file, or
     timm:NAME for a pretrained model; empty for none"""
     module_teacher: str = ""
-    """whose blocks and mixers are imitated and whose weights the student may start from; named as the logit teacher is"""
+    """whose blocks and mixers are imitated, and whose weights the student may start from; named like logit_teacher"""
     start_from_teacher: bool = False
     """start from the module teacher's weights, all but its mixers"""
     label_weight: float = 1.0

@@ -6,6 +6,7 @@ norms, PoolFormer is `MetaFormer(mixer="pooling")`. There is one block class and
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import cast
 
 import torch.nn.functional as F
 from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, trunc_normal_
@@ -118,10 +119,10 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float):
         super().__init__()
-        self.norm = nn.GroupNorm(1, dim)
+        self.norm: nn.Module = nn.GroupNorm(1, dim)
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.fc: nn.Module = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(self.norm(x)))
@@ -180,13 +181,13 @@ class MetaFormer(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = []
+        self.feature_info: list[dict] = []
         self.stem = ConvEmbed(in_chans, dims[0], stem_patch, stem_stride)
         grid = _conv_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size), self.stem.conv)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         stages = []
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+        for i, dim in enumerate(dims):
             downsample = ConvEmbed(dims[i - 1], dim, patch=3, stride=2) if i else nn.Identity()
             grid = _conv_size(grid, downsample.conv) if i else grid
             blocks = [Block(dim, grid, mixers[i], mlp_ratio, layer_scale_init, rate) for rate in drop_paths[i]]
@@ -267,7 +268,7 @@ class MetaFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            cast(Stage, stage).grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning rates, in timm's form."""

@@ -4,13 +4,15 @@ Every name builds the training form; `mixer="identity"` builds the deploy form, 
 official head, and any argument of `MetaFormer` may be given.
 """
 
+from typing import Any
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import to_timm_keys
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "riformer_s12": dict(depths=(2, 2, 6, 2), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
     "riformer_s24": dict(depths=(4, 4, 12, 4), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
     "riformer_s36": dict(depths=(6, 6, 18, 6), dims=(64, 128, 320, 512), layer_scale_init=1e-6),
@@ -52,39 +54,39 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> MetaFormer:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> MetaFormer:
     args = {**VARIANTS[name], **kwargs}
     out_indices = args.pop("out_indices", tuple(range(len(args["depths"]))))
     return build_model_with_cfg(
         MetaFormer,
         name,
         pretrained,
-        pretrained_filter_fn=lambda state, model: to_timm_keys(state),
+        pretrained_filter_fn=lambda file, model: to_timm_keys(file.get("state_dict", file)),
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
         **args,
     )
 
 
 @register_model
-def riformer_s12(pretrained: bool = False, **kwargs) -> MetaFormer:
+def riformer_s12(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_s12", pretrained, **kwargs)
 
 
 @register_model
-def riformer_s24(pretrained: bool = False, **kwargs) -> MetaFormer:
+def riformer_s24(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_s24", pretrained, **kwargs)
 
 
 @register_model
-def riformer_s36(pretrained: bool = False, **kwargs) -> MetaFormer:
+def riformer_s36(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_s36", pretrained, **kwargs)
 
 
 @register_model
-def riformer_m36(pretrained: bool = False, **kwargs) -> MetaFormer:
+def riformer_m36(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_m36", pretrained, **kwargs)
 
 
 @register_model
-def riformer_m48(pretrained: bool = False, **kwargs) -> MetaFormer:
+def riformer_m48(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_m48", pretrained, **kwargs)

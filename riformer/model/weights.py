@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from riformer.atomic import replace_file, replace_folder
 from riformer.model.mixers import MIXERS
 
-_KEY_RULES = [
+_KEY_RULES: list[tuple[str, Any]] = [  # pattern, replacement (a string or a function of the match)
     (r"^backbone\.", ""),
     (r"^patch_embed\.proj\.", "stem.conv."),
     (r"^network\.([135])\.proj\.", lambda m: f"stages.{(int(m[1]) + 1) // 2}.downsample.conv."),
@@ -38,12 +39,12 @@ def to_timm_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Shape: mmpretrain's affine weights [C, 1, 1, 1] become [C]; all others stay.
     """
-    state = state.get("state_dict", state)
     renamed = {}
     for key, tensor in state.items():
         for pattern, replacement in _KEY_RULES:
             key = re.sub(pattern, replacement, key)
-        renamed[key] = tensor.flatten() if key.endswith("token_mixer.weight") and tensor.shape[1:] == (1, 1, 1) else tensor
+        is_affine = key.endswith("token_mixer.weight") and tensor.shape[1:] == (1, 1, 1)
+        renamed[key] = tensor.flatten() if is_affine else tensor
     return renamed
 
 
@@ -76,10 +77,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 class _Inert:
     """Stands in for every foreign class of a checkpoint; takes anything and does nothing."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
@@ -111,7 +112,7 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict]:
 
     mixer_keys = {key.split("token_mixer.")[1] for key in renamed if "token_mixer." in key}
     if mixer_keys == {"weight", "bias"}:
-        args = {}
+        args: dict[str, Any] = {}
     elif not mixer_keys:
         args = {"mixer": "identity" if any(".norm_reparam." in key for key in state) else "pooling"}
     else:
@@ -137,7 +138,8 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str = "ch
         if key in state and state[key].shape != own[key].shape
     ]
     if differences:
-        raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  " + "\n  ".join(differences))
+        named = "\n  ".join(differences)
+        raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {named}")
     model.load_state_dict(state)
 
 
@@ -177,7 +179,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
 
 def _write_config(model: nn.Module, path: Path) -> None:
-    args = {}
+    args: dict[str, Any] = {}
     if hasattr(model, "stages"):  # fuse and fold change the form that timm noted when it built the model
         blocks = [stage.blocks[0] for stage in model.stages]
         names = {cls: name for name, cls in MIXERS.items()}
