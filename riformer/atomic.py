@@ -29,10 +29,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
+def replace_folder(path: str | Path, keep_previous: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; on a clean exit it becomes `path`.
 
-    The folder that was there before is kept as `previous(path)`, so that at every moment one of the two is whole.
+    The folder that was there before becomes `previous(path)`, so that at every moment one of the two is whole, and goes
+    away at the end unless it is to be kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,8 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
             os.rename(path, previous(path))
         os.rename(beside, path)
         _flush(path.parent)
+        if not keep_previous:
+            shutil.rmtree(previous(path), ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

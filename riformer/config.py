@@ -216,6 +216,8 @@ def check(recipe: Recipe) -> None:
         problems.append(f"distill.module_teacher is {distill.module_teacher!r} but nothing is taken from it")
     if distill.schedule != "constant" and not any(imitation.values()):
         problems.append(f"distill.schedule is {distill.schedule!r} but the three imitation weights are 0")
+    if distill.schedule == "first_phase" and not (distill.label_weight or distill.soft_weight or distill.hard_weight):
+        problems.append("distill.schedule is 'first_phase' but nothing else would be learned after the phase")
     if distill.temperature <= 0:
         problems.append(f"distill.temperature is {distill.temperature}; it must be above 0")
     if not 0 < distill.phase <= 1:

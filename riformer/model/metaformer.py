@@ -120,7 +120,7 @@ class Head(nn.Module):
     def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float):
         super().__init__()
         self.norm: nn.Module = nn.GroupNorm(1, dim)
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = _pool(global_pool)
         self.drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -256,7 +256,7 @@ class MetaFormer(nn.Module):
         """Replaces the classifier by a fresh one (0: none), and the pooling when one is given, in place."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.head.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.head.global_pool = _pool(global_pool)
         if num_classes > 0:
             like = self.stem.conv.weight
             self.head.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -280,6 +280,13 @@ class MetaFormer(nn.Module):
             (r"^head", (99999,)),
         ]
         return dict(stem=r"^stem", blocks=blocks)
+
+
+def _pool(pool_type: str) -> SelectAdaptivePool2d:
+    pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+    if pool.feat_mult() != 1:
+        raise ValueError(f"global_pool is {pool_type!r}, which changes the width; allowed are avg, max, avgmax and ''")
+    return pool
 
 
 def _conv_size(size: tuple[int, int], conv: nn.Conv2d) -> tuple[int, int]:

@@ -7,19 +7,24 @@ and deploy form) and PoolFormer, the authors' PoolFormer, timm's PoolFormer, and
 import json
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
-from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import _parse_model_cfg, save_config_for_hf
 from torch import Tensor, nn
 
 from riformer.atomic import replace_file, replace_folder
+from riformer.model.metaformer import MetaFormer
 from riformer.model.mixers import MIXERS
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # the Hub's file names, which timm expects
 
 _KEY_RULES: list[tuple[str, Any]] = [  # pattern, replacement (a string or a function of the match)
     (r"^backbone\.", ""),
@@ -38,12 +43,18 @@ def to_timm_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under timm's keys, from any of the layouts that this module reads.
 
     Shape: mmpretrain's affine weights [C, 1, 1, 1] become [C]; all others stay.
+
+    Raises:
+        ValueError: two keys would get one name.
     """
-    renamed = {}
-    for key, tensor in state.items():
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = name
         for pattern, replacement in _KEY_RULES:
             key = re.sub(pattern, replacement, key)
         is_affine = key.endswith("token_mixer.weight") and tensor.shape[1:] == (1, 1, 1)
+        if key in renamed:
+            raise ValueError(f"{name!r} and an earlier key of the checkpoint both mean {key!r}")
         renamed[key] = tensor.flatten() if is_affine else tensor
     return renamed
 
@@ -52,7 +63,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` file or a PyTorch checkpoint, keys as they are in the file.
 
     PyTorch files are read with `weights_only=True`. Foreign Python objects beside the tensors (training logs and the
-    like) are replaced by inert placeholders: nothing in the file is imported or executed.
+    like) are replaced by inert placeholders: nothing in the file is imported or executed. Files from before PyTorch 1.6
+    (no zip archives) are read only if they hold no foreign objects.
 
     Raises:
         ValueError: the file is missing, is no checkpoint, or holds no state dict.
@@ -65,13 +77,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in _foreign_globals(path)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
+    except Exception as error:  # a damaged or hostile file can make the readers raise almost anything
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {error}") from error
     for name in ("state_dict", "model"):
         content = content.get(name, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         raise ValueError(f"{path} holds no state dict (looked for 'state_dict', 'model' and a plain dict of tensors)")
-    return content
+    return dict(entries)
 
 
 class _Inert:
@@ -104,10 +117,13 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict]:
     renamed = to_timm_keys(state)
     blocks = {m.groups() for key in renamed if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
     depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(len({stage for stage, _ in blocks})))
-    dims = tuple(len(renamed.get(f"stages.{i}.blocks.0.norm2.weight", ())) for i in range(len(depths)))
+    dims = tuple(_numel(renamed, f"stages.{i}.blocks.0.norm2.weight") for i in range(len(depths)))
     sizes = {name: (size["depths"], size["dims"]) for name, size in VARIANTS.items()}
     if (depths, dims) not in sizes.values():
-        raise ValueError(f"no variant has depths {depths} and dims {dims}; known are {sizes}")
+        raise ValueError(
+            f"no variant has depths {depths} and dims {dims}, which is what keys like {sorted(state)[:3]} say; "
+            f"known are {sizes}"
+        )
     name = next(name for name, size in sizes.items() if size == (depths, dims))
 
     mixer_keys = {key.split("token_mixer.")[1] for key in renamed if "token_mixer." in key}
@@ -119,8 +135,16 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict]:
         raise ValueError(f"mixer weights named {sorted(mixer_keys)} belong to no mixer that checkpoints are read for")
     if not any("layer_scale" in key for key in renamed):
         args["layer_scale_init"] = 0
-    num_classes = len(renamed["head.fc.weight"]) if "head.fc.weight" in renamed else 0
-    return name, args if num_classes == 1000 else {**args, "num_classes": num_classes}
+    stem = renamed.get("stem.conv.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
+        args["in_chans"] = stem.shape[1]
+    if (num_classes := _numel(renamed, "head.fc.bias")) != 1000:
+        args["num_classes"] = num_classes
+    return name, args
+
+
+def _numel(state: Mapping[str, Tensor], key: str) -> int:
+    return state[key].numel() if key in state else 0
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
@@ -130,13 +154,13 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str = "ch
         ValueError: keys or shapes differ; the message names each.
     """
     own = model.state_dict()
-    differences = [f"missing in {source}: {key} {tuple(own[key].shape)}" for key in own if key not in state]
-    differences += [f"unexpected in {source}: {key} {tuple(state[key].shape)}" for key in state if key not in own]
-    differences += [
-        f"shape of {key}: {tuple(state[key].shape)} in {source}, {tuple(own[key].shape)} in the model"
+    differences = [
+        f"shape of {key}: {tuple(state[key].shape)}, in the model {tuple(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    differences += [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
+    differences += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
     if differences:
         named = "\n  ".join(differences)
         raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {named}")
@@ -159,66 +183,101 @@ def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor]) -> None:
 def save(model: nn.Module, path: str | Path) -> Path:
     """Writes weights, architecture, preprocessing and class names, to a `.safetensors` file or to a folder.
 
-    A folder has the Hub's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it too. The model must
-    have been built by `timm.create_model`, which notes its name and arguments on it. An existing folder is kept as
-    `previous(path)`.
+    A folder has the Hub's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it too. A file or
+    model folder that was there is replaced, at once and whole.
+
+    Raises:
+        ValueError: the model was not built by `timm.create_model`, which notes name and arguments on it, or is wrapped;
+            or `path` is a folder with other things in it, or a file of another kind.
     """
     path = Path(path)
+    if not hasattr(model, "pretrained_cfg") or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"save takes a model built by timm.create_model, not {type(model).__name__}: unwrap it first "
+            f"(.module of DDP and EMA, ._orig_mod of torch.compile)"
+        )
+    config = _config_json(model)
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     if path.suffix == ".safetensors":
         with replace_file(path) as beside:
-            config = beside.with_suffix(".json")
-            _write_config(model, config)
-            save_file(tensors, beside, metadata={"riformer": config.read_text()})
-            config.unlink()
-    else:
-        with replace_folder(path) as beside:
-            _write_config(model, beside / "config.json")
-            save_file(tensors, beside / "model.safetensors")
+            save_file(tensors, beside, metadata={"riformer": config})
+        return path
+    if path.is_file() or (path.is_dir() and {file.name for file in path.iterdir()} - {_CONFIG, _WEIGHTS}):
+        raise ValueError(f"{path} exists and is no model folder: save would replace it with all its content")
+    with replace_folder(path) as beside:
+        (beside / _CONFIG).write_text(config, encoding="utf-8")
+        save_file(tensors, beside / _WEIGHTS)
     return path
 
 
-def _write_config(model: nn.Module, path: Path) -> None:
+def _config_json(model: nn.Module) -> str:
     args: dict[str, Any] = {}
-    if hasattr(model, "stages"):  # fuse and fold change the form that timm noted when it built the model
-        blocks = [stage.blocks[0] for stage in model.stages]
-        names = {cls: name for name, cls in MIXERS.items()}
+    if isinstance(model, MetaFormer):  # fuse and fold change the form that timm noted when it built the model
+        blocks = [stage.get_submodule("blocks.0") for stage in model.stages]
+        names: dict[type, str] = {cls: name for name, cls in MIXERS.items()}
         mixers = [names[type(block.token_mixer)] for block in blocks]
         args["mixer"] = mixers[0] if len(set(mixers)) == 1 else mixers
         if isinstance(blocks[0].layer_scale1, nn.Identity):
             args["layer_scale_init"] = 0
     label_names = model.pretrained_cfg.get("label_names")
-    save_config_for_hf(model, str(path), model_config={"label_names": label_names}, model_args=args)
+    with TemporaryDirectory() as folder:
+        save_config_for_hf(model, f"{folder}/{_CONFIG}", model_config={"label_names": label_names}, model_args=args)
+        return (Path(folder) / _CONFIG).read_text(encoding="utf-8")
 
 
 def load(path: str | Path) -> nn.Module:
     """The model in a run folder (its best), a folder or file written by `save`, or a foreign checkpoint; in eval mode.
 
+    Choice: nothing is lost, so float64 weights give a float64 model; half precision is widened to float32.
+
     Raises:
         ValueError: nothing there can be read, or it does not fit the architecture that it names.
     """
-    path = Path(path)
+    return _load(Path(path))
+
+
+def convert(source: str | Path, destination: str | Path, model_name: str | None = None) -> Path:
+    """Reads any checkpoint that `load` reads and writes it with `save`; weights keep `load`'s precision.
+
+    Args:
+        source: the checkpoint.
+        destination: a `.safetensors` file or a folder, as for `save`.
+        model_name: the architecture it has to be; otherwise told from its keys and shapes, as the form is in any case.
+
+    Raises:
+        ValueError: the source cannot be read or does not fit; nothing is written then.
+    """
+    return save(_load(Path(source), model_name), destination)
+
+
+def _load(path: Path, model_name: str | None = None) -> nn.Module:
     if (path / "best").is_dir():
         path = path / "best"
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no config.json")
-        model = timm.create_model(f"local-dir:{path}")
-        load_strict(model, read_checkpoint(path / "model.safetensors"), str(path))
-        return model.eval()
-
-    state = read_checkpoint(path)
-    noted = None
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            noted = (file.metadata() or {}).get("riformer")
-    if noted:
-        config = json.loads(noted)
-        name, args, overlay = config["architecture"], config.get("model_args", {}), config["pretrained_cfg"]
-        overlay = {**overlay, "label_names": config.get("label_names")}
-        args.setdefault("num_classes", config["num_classes"])
+        if not (path / _CONFIG).is_file():
+            raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {_CONFIG}")
+        state, noted = read_checkpoint(path / _WEIGHTS), (path / _CONFIG).read_text(encoding="utf-8")
     else:
-        (name, args), overlay = identify(state), None
-    model = timm.create_model(name, pretrained_cfg_overlay=overlay, **args)
-    load_strict(model, to_timm_keys(state), str(path))
+        state, noted = read_checkpoint(path), None
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                noted = (file.metadata() or {}).get("riformer")
+    if noted is not None:
+        try:
+            pretrained_cfg, name, args = _parse_model_cfg(json.loads(noted), {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} describes no model: {error!r}") from error
+        args.setdefault("num_classes", pretrained_cfg.get("num_classes"))
+    else:
+        (name, args), state, pretrained_cfg = identify(state), to_timm_keys(state), None
+    name = model_name or name
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models()) or timm.list_models("riformer_*")
+        raise ValueError(f"{path}: model {name!r} is unknown; did you mean one of {near}?")
+    try:
+        model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **args)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path}: {name} cannot be built with {args}: {error}") from error
+    model.to(reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32))
+    load_strict(model, state, str(path))
     return model.eval()

@@ -1,0 +1,5 @@
+"""`python -m riformer VERB ...`, also under torchrun."""
+
+from riformer_cli import main
+
+main()

@@ -1,0 +1,334 @@
+"""`riformer VERB ...`: one short function a verb, each around one library function."""
+
+import json
+import logging
+import os
+import sys
+from argparse import ArgumentParser as PlainParser
+from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import timm
+import torch
+from jsonargparse import ArgumentParser, set_parsing_settings
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from riformer.config import DataConfig, Recipe, from_dict
+from riformer.deploy.parity import compare
+from riformer.deploy.predict import Prediction, find_images, predict
+from riformer.model.fuse import fold, fuse
+from riformer.model.mixers import MIXERS
+from riformer.model.weights import convert, load, save
+from riformer.progress import TrainProgress
+from riformer.recipes import LADDERS, RECIPES
+from riformer.study.cost import count_params
+from riformer.study.evaluation import describe, evaluate_model, evaluate_run
+from riformer.study.ladder import run_ladder, run_recipe
+from riformer.study.report import write_report
+from riformer.train.data import DATASETS
+from riformer.train.run import Run
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def run(verb: str, argv: list[str]) -> int:
+    """Runs a verb and returns the exit code. What the user can mend is one message, not a traceback."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    handler = RichHandler(console=errors, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        return VERBS[verb]([_underscored(argument) for argument in argv])
+    except (ValueError, RuntimeError, OSError) as error:
+        errors.print(f"[bold red]riformer {verb}:[/] ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print(f"riformer {verb}: interrupted; the same command goes on where it stopped")
+        return 130
+
+
+def train(argv: list[str]) -> int:
+    """Trains one network, and its own teacher first where the recipe says so; then evaluates it.
+
+    The recipe gives every setting, and any of them can be overridden. The same command, given again, goes on exactly
+    with an interrupted run. Several processes: torchrun --nproc-per-node N -m riformer train ...
+    """
+    start = PlainParser(add_help=False, allow_abbrev=False)
+    start.add_argument("--recipe", default="quickstart")
+    start.add_argument("--config")
+    start.add_argument("--resume")
+    given, others = start.parse_known_args(argv)
+    if given.resume and others and not _wants_help(argv):
+        raise ValueError(f"--resume takes every setting from the run, so {' '.join(others)} cannot be given with it")
+    base = Run(given.resume).recipe() if given.resume else _base_recipe(given.recipe, given.config)
+
+    parser = _parser(train)
+    parser.add_argument(
+        "--recipe", type=str, default="quickstart", help=f"settings to start from: {', '.join(RECIPES)}"
+    )
+    parser.add_argument("--config", type=str, help="start from a run's recipe.json instead")
+    parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
+    parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
+    options, recipe = _parse_recipe(parser, base, argv)
+    folder = Path(given.resume or options.out or f"runs/{recipe.name}-seed{recipe.seed}")
+    with TrainProgress(_main_console()) as progress:
+        finished = run_recipe(recipe, folder, progress)
+    _print_runs([finished])
+    return 0
+
+
+def ladder(argv: list[str]) -> int:
+    """Trains several recipes over several seeds, each in a run folder of its own, and prints them side by side.
+
+    Overrides apply to every recipe. The same command, given again, goes on where it stopped.
+    """
+    names = [argument for argument in argv[:1] if not argument.startswith("-")]
+    recipes = LADDERS[_known(names[0], LADDERS, "ladder")] if names else next(iter(LADDERS.values()))
+
+    def parse(base: Recipe) -> tuple[Any, Recipe]:
+        parser = _parser(ladder)
+        parser.add_argument("ladder", type=str, help=f"which comparison: {', '.join(LADDERS)}")
+        parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each recipe, such as [0,1,2]")
+        parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/LADDER)")
+        return _parse_recipe(parser, base, argv)
+
+    parsed = [parse(RECIPES[name]()) for name in recipes]
+    options = parsed[0][0]
+    with TrainProgress(_main_console()) as progress:
+        folder = Path(options.out or f"runs/{options.ladder}")
+        finished = run_ladder([recipe for _, recipe in parsed], options.seeds, folder, progress)
+    _print_runs(finished)
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Accuracy before and after the fuse.
+
+    Of a run: on its own data, with its teacher, parity and speed; recorded in the run folder. Of any saved model, or
+    with --data.name: on the data given, with the model's own preprocessing and class names.
+    """
+    parser = _parser(evaluate)
+    parser.add_argument("model", type=str, help="run folder, model folder or weights file")
+    parser.add_argument("--split", type=str, default="", help="train, val or test (default: test where there is one)")
+    parser.add_argument("--data", type=DataConfig, default=DataConfig(name=""), help="data to evaluate on")
+    options = parser.instantiate(parser.parse_args(argv))
+    path = Path(options.model)
+    if not options.data.name and not options.split and (path / "recipe.json").is_file():
+        evaluate_run(path)
+        _print_runs([Run(path)])
+        return 0
+    if not options.data.name:
+        if not (path / "recipe.json").is_file():
+            raise ValueError(f"{path} is not a run folder, so it names no data: give --data.name")
+        options.data = Run(path).recipe().data
+    model = load(path)
+    table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {options.data.name}")
+    for form, result in evaluate_model(model, options.data, options.split).items():
+        table.add_row(form, f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", str(result.num_images))
+    console.print(table)
+    return 0
+
+
+def fuse_verb(argv: list[str]) -> int:
+    """Writes the deploy form of a run or model, after checking that it computes the same.
+
+    The check compares logits on random images; a difference above --tolerance of the largest logit writes nothing.
+    """
+    parser = _parser(fuse_verb)
+    parser.add_argument("source", type=str, help="run folder, model folder or weights file")
+    parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
+    parser.add_argument("--fold", type=bool, default=False, help="also fold the layer scales into norms and MLPs")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
+    options = parser.parse_args(argv)
+    model = load(options.source)
+    fused = fold(model) if options.fold else fuse(model)
+    images = torch.randn(8, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    parity = compare(model, fused, [images])
+    if parity.max_rel > options.tolerance:
+        raise RuntimeError(f"the fused model differs by {parity.max_rel:.2g} of the largest logit; nothing was written")
+    save(fused, options.destination)
+    console.print(
+        f"{options.destination}: {describe(fused)}, {count_params(fused):,} parameters, "
+        f"{count_params(model):,} before; largest difference {parity.max_rel:.1e} of the largest logit",
+        highlight=False,
+    )
+    return 0
+
+
+def predict_verb(argv: list[str]) -> int:
+    """Labels images with a run or a saved model, fused first.
+
+    Images that cannot be read are named, the others still labelled; the exit code is then 1.
+    """
+    parser = _parser(predict_verb)
+    parser.add_argument("model", type=str, help="run folder, model folder or weights file")
+    parser.add_argument(
+        "images", type=str, nargs="+", help="image files, folders, or - for one image on standard input"
+    )
+    parser.add_argument("--top_k", type=int, default=1, help="classes to name for each image, the most probable first")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
+    parser.add_argument("--batch_size", type=int, default=32, help="images computed at once")
+    options = parser.parse_args(argv)
+    images = [sys.stdin.buffer] if options.images == ["-"] else list(find_images(options.images))
+    predictions = predict(fuse(load(options.model)), images, options.top_k, options.batch_size)
+    failed = False
+    table = Table("image", *[f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)])
+    for prediction in predictions:
+        failed |= bool(prediction.error)
+        if options.json:
+            print(json.dumps(_as_json(prediction)), flush=True)  # noqa: T201
+        elif prediction.error:
+            errors.print(prediction.error, markup=False, highlight=False, soft_wrap=True)
+        else:
+            table.add_row(prediction.path, *[f"{name} {probability:.1%}" for name, probability in prediction.classes])
+    if table.rows:
+        console.print(table)
+    return int(failed)
+
+
+def convert_verb(argv: list[str]) -> int:
+    """Reads an mmpretrain, PoolFormer or timm checkpoint and writes safetensors with this package's names.
+
+    Nothing in a checkpoint is executed. One that does not fit the architecture is refused, each difference named.
+    """
+    parser = _parser(convert_verb)
+    parser.add_argument("source", type=str, help="checkpoint file, .pth or .safetensors")
+    parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
+    parser.add_argument("--model", type=str, help="architecture that it must be (default: told from its shapes)")
+    options = parser.parse_args(argv)
+    written = convert(options.source, options.destination, options.model)
+    model = load(written)
+    console.print(f"{written}: {describe(model)}, {count_params(model):,} parameters", highlight=False)
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Writes one self-contained HTML page about the runs: results, curves, speed, predictions, settings."""
+    parser = _parser(report)
+    parser.add_argument("runs", type=str, nargs="+", help="run folders, or folders that contain run folders")
+    parser.add_argument("--out", type=str, help="file to write (default: report.html in the first folder)")
+    options = parser.parse_args(argv)
+    runs = [Path(name) for name in options.runs]
+    written = write_report(runs, Path(options.out or runs[0] / "report.html"))
+    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def list_verb(argv: list[str]) -> int:
+    """Lists the models, token mixers, recipes, ladders and data sets that can be named."""
+    parser = _parser(list_verb)
+    kinds = ("models", "mixers", "recipes", "ladders", "datasets")
+    parser.add_argument("kinds", type=str, nargs="*", help=f"what to list: {', '.join(kinds)} (default: all)")
+    options = parser.parse_args(argv)
+    for kind in options.kinds or kinds:
+        _known(kind, kinds, "list")
+        table = Table("name", "", title=kind, title_justify="left", title_style="bold", show_header=False, box=None)
+        for name, text in _entries(kind):
+            table.add_row(name, text)
+        console.print(table)
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "ladder": ladder,
+    "eval": evaluate,
+    "fuse": fuse_verb,
+    "predict": predict_verb,
+    "convert": convert_verb,
+    "report": report,
+    "list": list_verb,
+}
+
+
+def _entries(kind: str) -> list[tuple[str, str]]:
+    """Names of a kind, and a line about each."""
+    if kind == "models":
+        with torch.device("meta"):
+            sizes = {name: count_params(timm.create_model(name)) for name in timm.list_models("riformer_*")}
+        return [(name, f"{size / 1e6:.1f} M parameters") for name, size in sizes.items()]
+    if kind == "ladders":
+        return [(name, ", ".join(recipes)) for name, recipes in LADDERS.items()]
+    if kind == "datasets":
+        return list(DATASETS.items())
+    table: dict[str, Any] = dict(MIXERS) if kind == "mixers" else dict(RECIPES)
+    return [(name, (entry.__doc__ or "").splitlines()[0]) for name, entry in table.items()]
+
+
+def _parser(verb: Callable) -> ArgumentParser:
+    name = next(name for name, function in VERBS.items() if function is verb)
+    return ArgumentParser(prog=f"riformer {name}", description=verb.__doc__)
+
+
+def _parse_recipe(parser: ArgumentParser, base: Recipe, argv: list[str]) -> tuple[Any, Recipe]:
+    """The parsed options, and the recipe that `base` becomes with the overrides in them."""
+    kinds = get_type_hints(Recipe)
+    for field in fields(Recipe):
+        parser.add_argument(f"--{field.name}", type=kinds[field.name], default=getattr(base, field.name))
+    options = parser.instantiate(parser.parse_args(argv))
+    return options, Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+
+
+def _base_recipe(name: str, config: str | None) -> Recipe:
+    if config is None:
+        return RECIPES[_known(name, RECIPES, "recipe")]()
+    try:
+        return from_dict(json.loads(Path(config).read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {config} is not JSON: {error}") from error
+
+
+def _known(name: str, table: Any, kind: str) -> str:
+    if name not in table:
+        near = get_close_matches(name, table)
+        raise ValueError(
+            f"no {kind} {name!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(table)}")
+        )
+    return name
+
+
+def _underscored(argument: str) -> str:
+    """`--data.on-bad=x` as `--data.on_bad=x`."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument
+
+
+def _wants_help(argv: list[str]) -> bool:
+    return bool({"-h", "--help"} & set(argv))
+
+
+def _main_console() -> Console:
+    """The console; a silent one in all but the first process of a distributed run."""
+    return console if int(os.environ.get("RANK", 0)) == 0 else Console(quiet=True)
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    if prediction.error:
+        return {"path": prediction.path, "error": prediction.error}
+    classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
+    return {"path": prediction.path, "classes": classes}
+
+
+def _print_runs(runs: list[Run]) -> None:
+    """A table of the evaluated runs: accuracy before and after the fuse, beside the teacher; size and speed."""
+    table = Table("run", "model", "top-1 %", "params", "MACs (M)", "images/s, teacher = 1", "fuse difference")
+    for run in runs:
+        evaluation = run.read("evaluation.json") or {"models": {}}
+        for role, row in evaluation["models"].items():
+            ratio = evaluation["speed"].get("ratio") if role == "deploy" else None
+            table.add_row(
+                run.path.name if role == next(iter(evaluation["models"])) else "",
+                f"{role} ({row['name']})",
+                f"{row['top1']:.2f}",
+                f"{row['params']:,}",
+                f"{row['macs'] / 1e6:.1f}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
+                f"{evaluation['fuse']['max_rel']:.1e}" if role == "deploy" else "",
+            )
+    _main_console().print(table)

@@ -1,0 +1,46 @@
+"""Numeric agreement of two runnables that should compute the same logits."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Largest difference of logits, absolute and relative to the largest reference logit; share of equal arg-maxes."""
+
+    max_abs: float
+    max_rel: float
+    top1_agreement: float
+    num_images: int
+
+
+@torch.no_grad()
+def compare(
+    reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
+) -> ParityReport:
+    """Runs both on the same batches. Put models into eval mode first.
+
+    Shape: batches of images [N, 3, H, W].
+
+    Raises:
+        ValueError: no batch came.
+    """
+    largest_difference = largest_logit = 0.0
+    agreeing = num_images = 0
+    for images in batches:
+        expected, actual = reference(images).double(), candidate(images).double()
+        largest_difference = max(largest_difference, (expected - actual).abs().max().item())
+        largest_logit = max(largest_logit, expected.abs().max().item())
+        agreeing += int((expected.argmax(1) == actual.argmax(1)).sum())
+        num_images += len(images)
+    if not num_images:
+        raise ValueError("no images to compare on")
+    return ParityReport(
+        max_abs=largest_difference,
+        max_rel=largest_difference / largest_logit if largest_logit else 0.0,
+        top1_agreement=agreeing / num_images,
+        num_images=num_images,
+    )

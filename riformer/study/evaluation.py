@@ -1,0 +1,154 @@
+"""What a finished run is worth: accuracy before and after the fuse, parity, size, speed beside its teacher."""
+
+import base64
+import io
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from riformer.config import DataConfig
+from riformer.deploy.parity import compare
+from riformer.distill.teachers import build_teacher
+from riformer.model.fuse import fuse
+from riformer.model.weights import load
+from riformer.study.cost import count_macs, count_params
+from riformer.study.latency import Spread, images_per_s
+from riformer.train.data import ImageList, eval_batches, open_dataset
+from riformer.train.evaluate import Evaluation, evaluate
+from riformer.train.run import Run, environment
+
+BATCH_SIZE = 64
+NUM_SAMPLES = 30
+
+
+def evaluate_run(path: str | Path) -> dict[str, Any]:
+    """Evaluates the best model of a run and its teacher, writes evaluation.json into the run folder and returns it.
+
+    The split is test where the data has one, otherwise val, on which the best model was also chosen. All in float32.
+
+    Raises:
+        ValueError: no run there, or nothing trained yet.
+    """
+    run = Run(path)
+    recipe = run.recipe()
+    if run.read("best/config.json") is None:
+        raise ValueError(f"{path} has no best/ yet: train it first")
+    data = open_dataset(recipe.data, recipe.seed, record=run.read("data.json"))
+    split = "test" if "test" in data.splits else "val"
+    images, num_classes = data.splits[split], len(data.classes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    student = load(run.path).to(device)
+    models = {"student": student, "deploy": fuse(student)}
+    if reference := recipe.distill.logit_teacher or recipe.distill.module_teacher:
+        place = str(run.path / "teacher") if reference == "own" else reference
+        teacher = build_teacher(place, num_classes, recipe.data.mean, recipe.data.std)
+        models = {"teacher": teacher.model.to(device), **models}
+
+    rows: dict[str, dict[str, Any]] = {}
+    results: dict[str, Evaluation] = {}
+    for name, model in models.items():
+        results[name] = evaluate(model, eval_batches(images, recipe.data, BATCH_SIZE), num_classes)
+        size = model.pretrained_cfg["input_size"]
+        rows[name] = {
+            "name": describe(model),
+            **{key: getattr(results[name], key) for key in ("top1", "top5", "loss")},
+            "params": count_params(model),
+            "macs": count_macs(model, size),
+        }
+
+    example = next(iter(eval_batches(images, recipe.data, BATCH_SIZE)))[0].to(device)
+    rates = images_per_s(models, example)
+    for name, values in rates.items():
+        rows[name]["images_per_s"] = asdict(Spread.of(values))
+    speed: dict[str, Any] = {"batch_size": len(example), "img_size": recipe.data.img_size, "precision": "fp32"}
+    if "teacher" in models:
+        pairs = zip(rates["deploy"], rates["teacher"], strict=True)
+        speed["ratio"] = asdict(Spread.of([fused / own for fused, own in pairs]))
+
+    parity = compare(
+        student, models["deploy"], (x.to(device) for x, _ in eval_batches(images, recipe.data, BATCH_SIZE))
+    )
+    evaluation = {
+        **environment(world_size=1),
+        "split": split,
+        "num_images": len(images),
+        "models": rows,
+        "fuse": asdict(parity),
+        "speed": speed,
+        "confusion": results["deploy"].confusion.tolist(),
+        "samples": _samples(models["deploy"], images, recipe.data),
+    }
+    run.write("evaluation.json", evaluation)
+    return evaluation
+
+
+def evaluate_model(model: nn.Module, data: DataConfig, split: str = "") -> dict[str, Evaluation]:
+    """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
+
+    The data's classes are found among the model's by name. `split` is train, val or test; empty takes test, else val.
+
+    Raises:
+        ValueError: the data has no such split, or a class that the model does not know.
+    """
+    config = model.pretrained_cfg
+    data = replace(
+        data, img_size=config["input_size"][-1], **{name: config[name] for name in ("crop_pct", "mean", "std")}
+    )
+    dataset = open_dataset(data, seed=0)
+    split = split or ("test" if "test" in dataset.splits else "val")
+    if split not in dataset.splits:
+        raise ValueError(f"{data.name} has no split {split!r}; it has {sorted(dataset.splits)}")
+    names = list(config.get("label_names") or dataset.classes)
+    if unknown := sorted(set(dataset.classes) - set(names)):
+        raise ValueError(f"the model does not know the classes {unknown}; it knows {names}")
+    own_index = torch.tensor([names.index(name) for name in dataset.classes])
+
+    def batches() -> Any:
+        return ((x, own_index[y]) for x, y in eval_batches(dataset.splits[split], data, BATCH_SIZE))
+
+    forms = {"training form" if describe(model).endswith("affine") else "as saved": model, "deploy form": fuse(model)}
+    return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
+
+
+def describe(model: nn.Module) -> str:
+    """Architecture and token mixer, such as `riformer_s12 affine`."""
+    mixers = [type(module.token_mixer).__name__ for module in model.modules() if hasattr(module, "token_mixer")]
+    return " ".join([model.pretrained_cfg["architecture"], *map(str.lower, dict.fromkeys(mixers))])
+
+
+@torch.no_grad()
+def _samples(model: nn.Module, images: ImageList, data: DataConfig) -> list[dict[str, Any]]:
+    """Some images with their predictions: up to a third wrong ones, the rest right, both spread over the split."""
+    device = next(model.parameters()).device
+    probabilities = torch.cat([model(x.to(device)).softmax(1).cpu() for x, _ in eval_batches(images, data, BATCH_SIZE)])
+    probability, prediction = probabilities.max(dim=1)
+    is_right = prediction == torch.tensor(images.labels)
+    wrong = _spread_out((~is_right).nonzero().flatten(), NUM_SAMPLES // 3)
+    chosen = wrong + _spread_out(is_right.nonzero().flatten(), NUM_SAMPLES - len(wrong))
+    return [
+        {
+            "name": images.names[i],
+            "label": images.labels[i],
+            "prediction": int(prediction[i]),
+            "probability": float(probability[i]),
+            "png": _thumbnail(images.read(i)),
+        }
+        for i in chosen
+    ]
+
+
+def _spread_out(indices: Tensor, count: int) -> list[int]:
+    positions = torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long()
+    return indices[positions].tolist()
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image.thumbnail((112, 112))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

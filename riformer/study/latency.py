@@ -1,0 +1,54 @@
+"""Throughput of models, measured side by side."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lower and upper quartile of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        low, median, high = statistics.quantiles(values, n=4)
+        return cls(median, low, high)
+
+
+@torch.inference_mode()
+def images_per_s(
+    models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int = 15, seconds: float = 0.04
+) -> dict[str, list[float]]:
+    """Images per second of each model in each round; the models take turns (A B C A B C ...), after a warm-up.
+
+    A turn runs the batch as often as fills `seconds`, so that fast models are not lost in the clock's grain. Compare
+    models round by round: what else the machine does at the time then hits all of them alike.
+
+    Shape: images [N, 3, H, W], on the models' device.
+    """
+    repeats = {}
+    for name, model in models.items():
+        _timed(model, images, 2)  # warm-up
+        repeats[name] = max(1, round(seconds / _timed(model, images, 2) * 2))
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            rates[name].append(len(images) * repeats[name] / _timed(model, images, repeats[name]))
+    return rates
+
+
+def _timed(model: Callable[[Tensor], Tensor], images: Tensor, repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

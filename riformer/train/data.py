@@ -1,0 +1,390 @@
+"""Data set name -> images in splits -> batches that are pure functions of (seed, epoch, step).
+
+A folder is read once in full before training: files that cannot be read are named and refused, or left out on request
+and listed; none is ever replaced by another. The classes are those of train. What was opened can be recorded and
+opened again from the record, whatever was added meanwhile.
+"""
+
+import difflib
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from riformer.config import AugmentConfig, DataConfig
+from riformer.images import read_image
+from riformer.train import builtin
+from riformer.train.folders import check_files, find_images, hold_out
+
+logger = logging.getLogger(__name__)
+
+DATASETS = {
+    "digits": "1,797 handwritten digits of 8 x 8 pixels, built in",
+    "fashion-mnist": "70,000 grey images of clothes, 28 x 28 pixels, from the system or downloaded",
+    "folder:PATH": "any images: PATH/train/CLASS/ and PATH/val/CLASS/, or PATH/CLASS/, which is split here",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """One split: a name and a label for each image, and where the pixels are.
+
+    `source` is the folder that the names are relative to, or an array [N, height, width] of grey bytes. `sha256` is
+    over names, labels and contents.
+    """
+
+    names: list[str]
+    labels: list[int]
+    source: Path | np.ndarray
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Image.Image:
+        """The image, RGB, in its own size."""
+        if isinstance(self.source, Path):
+            return read_image(self.source / self.names[index])
+        return Image.fromarray(self.source[index]).convert("RGB")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The classes, the splits ("train", "val" and mostly "test"), and what was left out.
+
+    `skipped` has a {"path", "reason"} for each unreadable image; `num_ignored` counts files that are no images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, ImageList]
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    num_ignored: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """All of this as JSON types, with the names of the images in each split by class; see `open_dataset`."""
+        splits = {}
+        for split, images in self.splits.items():
+            by_class: dict[str, list[str]] = {name: [] for name in self.classes}
+            for name, label in zip(images.names, images.labels, strict=True):
+                by_class[self.classes[label]].append(name)
+            splits[split] = {"num_images": len(images), "sha256": images.sha256, "images": by_class}
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "splits": splits,
+            "skipped": self.skipped,
+            "num_ignored": self.num_ignored,
+        }
+
+
+def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = None) -> Dataset:
+    """The data set that `config.name` names, or exactly the one in `record`.
+
+    digits: 1,000 / 297 / 500 images in train / val / test. fashion-mnist: 55,000 / 5,000 / 10,000. Both splits are
+    fixed, the seed has no part in them. folder:PATH is PATH/train and PATH/val (or valid, validation) and perhaps
+    PATH/test, each with a folder for each class; or PATH with class folders, or PATH/train alone, of which
+    `config.val_fraction` of each class is held out, drawn with the seed.
+
+    Raises:
+        ValueError: an unknown name; a folder that has not this form, or files in it that cannot be read; images that
+            differ from the record. The message names them.
+    """
+    if config.name == "digits":
+        dataset = _from_arrays("digits", builtin.DIGITS_CLASSES, builtin.digits())
+    elif config.name == "fashion-mnist":
+        dataset = _from_arrays("fashion-mnist", builtin.FASHION_CLASSES, builtin.fashion_mnist(config.root))
+    elif config.name.startswith("folder:"):
+        dataset = _folder(config, seed, record)
+    else:
+        close = difflib.get_close_matches(config.name, DATASETS)
+        close += [f"folder:{config.name}"] if os.path.isdir(config.name) else []
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"data.name is {config.name!r}; allowed are {', '.join(DATASETS)}{hint}")
+    if record is not None:
+        _check_same(dataset.record(), record)
+    sizes = ", ".join(f"{len(images)} {split}" for split, images in dataset.splits.items())
+    logger.info("%s: %d classes, %s images", config.name, len(dataset.classes), sizes)
+    return dataset
+
+
+def _check_same(now: dict[str, Any], before: dict[str, Any]) -> None:
+    changed = [name for name, split in before["splits"].items() if split["sha256"] != now["splits"][name]["sha256"]]
+    if now["classes"] != before["classes"] or changed:
+        what = f"in {', '.join(changed)}" if changed else "its class names"
+        raise ValueError(f"{now['name']} has changed since the run began ({what}); restore it, or start a new run")
+
+
+def _from_arrays(name: str, classes: tuple[str, ...], splits: dict[str, builtin.Arrays]) -> Dataset:
+    lists = {}
+    for split, (names, labels, pixels) in splits.items():
+        contents = (hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
+        lists[split] = ImageList(names, labels, pixels, _digest(names, labels, contents))
+    return Dataset(name, classes, lists)
+
+
+def _folder(config: DataConfig, seed: int, record: dict[str, Any] | None) -> Dataset:
+    path = config.name.removeprefix("folder:")
+    root = Path(path).expanduser()
+    if not path or not os.path.isdir(root):  # Path.is_dir raises where it may not look
+        raise ValueError(f"data.name is {config.name!r}, but there is no folder {path!r}")
+    if record is None:
+        found, num_ignored = find_images(root)
+    else:
+        found = {split: part["images"] for split, part in record["splits"].items()}
+        num_ignored = record["num_ignored"]
+
+    hashes, bad = check_files(root, [name for part in found.values() for names in part.values() for name in names])
+    if bad and (record is not None or config.on_bad == "error"):
+        advice = "restore them" if record is not None else "mend or remove them, or leave them out: --data.on-bad skip"
+        lines = [f"{name}: {reason}" for name, reason in bad.items()]
+        lines[20:] = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise ValueError(
+            f"{len(bad)} of {len(bad) + len(hashes)} images in {root} cannot be read; {advice}:\n  "
+            + "\n  ".join(lines)
+        )
+    if bad:
+        logger.warning("left out %d images in %s that cannot be read, such as %s", len(bad), root, next(iter(bad)))
+    skipped = [{"path": name, "reason": reason} for name, reason in bad.items()]
+
+    kept = {split: {c: [n for n in names if n in hashes] for c, names in part.items()} for split, part in found.items()}
+    for split, part in kept.items():
+        lost = [name for name, images in part.items() if not images]
+        if lost and (split == "train" or len(lost) == len(part)):
+            raise ValueError(f"none of the images in {split} of class {', '.join(lost)} in {root} can be read")
+    if "val" not in kept:
+        kept["train"], kept["val"] = hold_out(kept["train"], config.val_fraction, seed)
+    splits = {split: _from_files(root, list(kept["train"]), part, hashes) for split, part in kept.items()}
+    return Dataset(config.name, tuple(kept["train"]), splits, record["skipped"] if record else skipped, num_ignored)
+
+
+def _from_files(root: Path, classes: list[str], images: dict[str, list[str]], hashes: dict[str, str]) -> ImageList:
+    names = [path for name in classes for path in images.get(name, [])]
+    labels = [label for label, name in enumerate(classes) for _ in images.get(name, [])]
+    return ImageList(names, labels, root, _digest(names, labels, (hashes[name] for name in names)))
+
+
+def _digest(names: Iterable[str], labels: Iterable[int], contents: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for name, label, content in zip(names, labels, contents, strict=True):
+        digest.update(os.fsencode(f"{label} {content} {name}\n"))
+    return digest.hexdigest()
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seeded(*keys: int) -> Iterator[None]:
+    """Draws inside depend on the keys alone; Python's, NumPy's and torch's CPU generators are restored at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        _seed_generators(*keys)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_generators(*keys: int) -> None:
+    seed = _seed_from(*keys)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+
+
+def _seed_from(*keys: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big")
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, which for its strongest level asks Pillow to keep 0 bits: black, but Pillow 13 refuses."""
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
+
+
+def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform: random crop, flip, colour, erasing. Draws from the global generators: see `seeded`.
+
+    Choice: bicubic, and erased rectangles filled with normal noise, as in the trainings of DeiT and PoolFormer.
+
+    Shape: RGB image -> [3, img_size, img_size], normalised.
+
+    Raises:
+        ValueError: timm knows no such `auto_augment`.
+    """
+    try:
+        return create_transform(
+            data.img_size,
+            is_training=True,
+            scale=augment.crop_scale,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment or None,
+            interpolation="bicubic",
+            mean=data.mean,
+            std=data.std,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+        )
+    except AssertionError as error:
+        raise ValueError(f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses: {error}") from error
+
+
+def eval_transform(data: DataConfig) -> Callable[[Image.Image], Tensor]:
+    """timm's evaluation transform: the shorter side to img_size / crop_pct (bicubic), then the centre.
+
+    Shape: RGB image -> [3, img_size, img_size], normalised.
+    """
+    return create_transform(
+        data.img_size, crop_pct=data.crop_pct, interpolation="bicubic", mean=data.mean, std=data.std
+    )
+
+
+class _TrainParts:
+    """A part of a batch by its key (epoch, step, part, indices), and a pure function of it."""
+
+    def __init__(
+        self, images: ImageList, num_classes: int, data: DataConfig, augment: AugmentConfig, seed: int, rank: int
+    ):
+        self.images = images
+        self.num_classes = num_classes
+        self.transform = train_transform(data, augment)
+        self.mixup = None
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
+        self.seed = seed
+        self.rank = rank
+
+    def __getitem__(self, key: tuple[int, int, int, list[int]]) -> tuple[Tensor, Tensor]:
+        epoch, step, part, indices = key
+        labels = torch.tensor([self.images.labels[index] for index in indices])
+        with seeded(self.seed, epoch):  # restores once, and each draw below has its own seed
+            images = torch.stack([self.augmented(epoch, index) for index in indices])
+            if self.mixup is None:
+                return images, F.one_hot(labels, self.num_classes).float()
+            _seed_generators(self.seed, epoch, step, self.rank, part)
+            return self.mixup(images, labels)
+
+    def augmented(self, epoch: int, index: int) -> Tensor:
+        image = self.images.read(index)
+        _seed_generators(self.seed, epoch, index)
+        return self.transform(image)
+
+
+class TrainBatches:
+    """Augmented batches of a training split; what they hold depends on the arguments, the epoch and the step alone.
+
+    `batch_size` images make one optimiser step: over all `world_size` processes, of which this is `rank`, and all
+    `accumulation` parts of each. Which images a step sees does not depend on how it is divided. Images at the end of
+    an epoch's order that fill no batch are dropped.
+
+    Raises:
+        ValueError: the batch cannot be divided, or there are fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        num_classes: int,
+        data: DataConfig,
+        augment: AugmentConfig,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if batch_size % (world_size * accumulation):
+            raise ValueError(
+                f"--optim.batch-size {batch_size} does not divide by {world_size} processes x {accumulation} parts"
+            )
+        if len(images) < batch_size:
+            raise ValueError(f"--optim.batch-size {batch_size} is more than the {len(images)} training images")
+        self.part_size = batch_size // (world_size * accumulation)
+        if (augment.mixup or augment.cutmix) and self.part_size % 2:
+            raise ValueError(
+                f"mixup and cutmix pair images, but --optim.batch-size {batch_size} makes parts of {self.part_size}"
+            )
+        self.num_images = len(images)
+        self.num_workers = data.num_workers
+        self.seed = seed
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.steps_per_epoch = len(images) // batch_size
+        self.parts = _TrainParts(images, num_classes, data, augment, seed, rank)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """For each optimiser step from `start_step` on, this process's `accumulation` pairs of images and targets.
+
+        Targets are probabilities: one-hot, or mixed by mixup and cutmix.
+
+        Shape: images [n, 3, img_size, img_size], targets [n, num_classes], n = batch_size / world_size / accumulation.
+        """
+        generator = torch.Generator().manual_seed(_seed_from(self.seed, epoch))
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        keys = []
+        for step in range(start_step, self.steps_per_epoch):
+            for part in range(self.accumulation):
+                start = step * self.batch_size + (self.rank * self.accumulation + part) * self.part_size
+                keys.append((epoch, step, part, order[start : start + self.part_size]))
+        loaded = iter(_load(self.parts, keys, self.num_workers))
+        for _ in range(start_step, self.steps_per_epoch):
+            yield [next(loaded) for _ in range(self.accumulation)]
+
+
+class _EvalParts:
+    """A batch by its indices."""
+
+    def __init__(self, images: ImageList, data: DataConfig):
+        self.images = images
+        self.transform = eval_transform(data)
+
+    def __getitem__(self, indices: range) -> tuple[Tensor, Tensor]:
+        images = torch.stack([self.transform(self.images.read(index)) for index in indices])
+        return images, torch.tensor([self.images.labels[index] for index in indices])
+
+
+def eval_batches(
+    images: ImageList, data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches of this process's share of a split; over all processes each image comes once.
+
+    Shape: images [n, 3, img_size, img_size], labels [n], n <= batch_size.
+    """
+    share = range(rank, len(images), world_size)
+    keys = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    return _load(_EvalParts(images, data), keys, data.num_workers)
+
+
+def _load(parts: Any, keys: list, num_workers: int) -> DataLoader:
+    """`parts[key]` for each key, in order, computed in worker processes if there are any.
+
+    Its own generator keeps torch's global one untouched.
+    """
+    return DataLoader(
+        parts,
+        batch_size=None,
+        sampler=keys,
+        num_workers=min(num_workers, len(keys)),
+        collate_fn=tuple,
+        generator=torch.Generator(),
+    )

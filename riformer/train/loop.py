@@ -1,0 +1,297 @@
+"""One training, from a recipe to a run folder: a function of named sections, one process or many (torchrun)."""
+
+import logging
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from riformer.config import Recipe, check
+from riformer.distill.objective import IMITATION, Objective, imitation_scale
+from riformer.distill.teachers import Teacher, build_teacher
+from riformer.model.metaformer import MetaFormer
+from riformer.model.weights import save, start_from
+from riformer.recipes import teacher_recipe
+from riformer.train.data import Dataset, TrainBatches, eval_batches, open_dataset
+from riformer.train.distributed import (
+    any_process,
+    barrier,
+    gather,
+    main_process_first,
+    mean_over_processes,
+    process_group,
+)
+from riformer.train.evaluate import evaluate
+from riformer.train.run import Run
+
+logger = logging.getLogger(__name__)
+
+SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that is shorter
+
+
+def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]], None] = lambda line: None) -> Run:
+    """Trains, or goes on with, the run in `folder`; returns at once when it is finished.
+
+    A run that was interrupted at any moment goes on exactly: the losses of its remaining steps are those of a run that
+    was never interrupted, bit for bit, on the same machine and number of processes. Under torchrun every process calls
+    this. A teacher named "own" is trained first, as a run of its own in `folder`/teacher.
+
+    Args:
+        recipe: the whole configuration.
+        folder: the run folder, made or resumed.
+        progress: called with each line of the metrics; a `start` line comes before the first.
+
+    Raises:
+        ValueError: a recipe that contradicts itself or the data, or a folder with another run.
+        KeyboardInterrupt: after an interrupt or termination signal, when the state is saved.
+        RuntimeError: the loss is no longer finite.
+    """
+    check(recipe)
+    with process_group() as (rank, world_size, device):
+        return _train(recipe, Run(folder), progress, rank, world_size, device)
+
+
+def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: int, device: torch.device) -> Run:
+    optim, distill = recipe.optim, recipe.distill
+    main = rank == 0
+
+    # run folder and data: the main process first, which also scans the images and records their split
+    with main_process_first(rank):
+        if main:
+            run.begin(recipe, world_size)
+        data = open_dataset(recipe.data, recipe.seed, record=run.read("data.json"))
+        if main and run.read("data.json") is None:
+            run.write("data.json", data.record())
+    if distill.logit_teacher == "own" or distill.module_teacher == "own":
+        _train(teacher_recipe(recipe), Run(run.path / "teacher"), progress, rank, world_size, device)
+
+    # model
+    _seed_everything(recipe.seed)
+    model = build_model(recipe, data).to(device)
+
+    # teachers
+    logit_teacher, module_teacher = _build_teachers(recipe, run, data, device)
+    if distill.start_from_teacher and module_teacher:
+        start_from(model, module_teacher.model.state_dict())
+
+    # optimiser
+    batches = TrainBatches(
+        data.splits["train"], len(data.classes), recipe.data, recipe.augment, recipe.seed,
+        optim.batch_size, optim.accumulation, rank, world_size,
+    )  # fmt: skip
+    num_steps = optim.epochs * batches.steps_per_epoch
+    warmup_steps = round(optim.warmup_epochs * batches.steps_per_epoch)
+    optimizer = create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,
+        warmup_lr_init=optim.lr / max(1, warmup_steps), warmup_prefix=True, t_in_epochs=False,
+    )  # fmt: skip
+    ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
+
+    # resume
+    torch.manual_seed(recipe.seed * 1000 + rank)
+    step, best = 0, -1.0
+    if state := run.load_state():
+        if state["world_size"] != world_size:
+            raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
+        step, best = state["step"], state["best"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema:
+            ema.module.load_state_dict(state["ema"])
+        _set_rng_state(state["rng"][rank])
+    if main:
+        run.cut_metrics(step)
+    progress({"kind": "start", "run": str(run.path), "name": recipe.name, "step": step, "num_steps": num_steps})
+
+    # objective
+    student = torch.compile(model) if optim.compile else model
+    if world_size > 1:
+        student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    objective = Objective(
+        student, {name: getattr(distill, f"{name}_weight") for name in ("label", "hard", "soft", *IMITATION)},
+        logit_teacher, module_teacher, distill.temperature, optim.label_smoothing,
+        distill.positions, distill.block_match, distill.relation_tokens,
+    )  # fmt: skip
+
+    def save_state() -> None:
+        rng = gather(_rng_state(device))
+        if main:
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            states |= {"ema": ema.module.state_dict()} if ema else {}
+            run.save_state({**states, "step": step, "best": best, "rng": rng, "world_size": world_size})
+
+    # epochs
+    with objective, _signals() as interrupted:
+        saved_at = time.monotonic()
+        for epoch in range(step // batches.steps_per_epoch, optim.epochs):
+            epoch_began = time.monotonic()
+            model.train()
+            for parts in batches.epoch(epoch, start_step=step % batches.steps_per_epoch):
+                step_began = time.monotonic()
+                schedule.step_update(step)
+                scale = imitation_scale(distill.schedule, step / num_steps, distill.phase)
+                terms = _backward(objective, parts, scale, student, optim.precision, device)
+                if not np.isfinite(terms["loss"]):
+                    raise RuntimeError(
+                        f"the loss is not finite after step {step}: {terms}; lower optim.lr or clip_grad"
+                    )
+                if optim.clip_grad:
+                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                if ema:
+                    ema.update(model, step)
+                line = {"kind": "step", "step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **terms}
+                line["images_per_s"] = round(optim.batch_size / (time.monotonic() - step_began), 1)
+                if main:
+                    run.log(line)
+                progress(line)
+                due = bool(interrupted) or (main and time.monotonic() - saved_at > SAVE_SECONDS)
+                if any_process(due, device) and step % batches.steps_per_epoch:
+                    save_state()
+                    saved_at = time.monotonic()
+                    if any_process(bool(interrupted), device):
+                        raise KeyboardInterrupt
+
+            # end of the epoch
+            kept = ema.module if ema else model
+            size = optim.batch_size // world_size // optim.accumulation
+            val_batches = eval_batches(data.splits["val"], recipe.data, size, rank, world_size)
+            result = evaluate(kept, val_batches, len(data.classes), optim.precision)
+            line = {
+                "kind": "epoch", "epoch": epoch, "step": step, "val_top1": result.top1, "val_top5": result.top5,
+                "val_loss": result.loss, "seconds": round(time.monotonic() - epoch_began, 3),
+            }  # fmt: skip
+            if main:
+                run.log(line)
+                if result.top1 > best:
+                    save(kept, run.path / "best")
+            best = max(best, result.top1)
+            save_state()
+            saved_at = time.monotonic()
+            progress(line)
+            if any_process(bool(interrupted), device) and step < num_steps:
+                raise KeyboardInterrupt
+    barrier()
+    return run
+
+
+def build_model(recipe: Recipe, data: Dataset) -> MetaFormer:
+    """The recipe's network in training form, with the data's classes and preprocessing noted on it.
+
+    Raises:
+        ValueError: the name is not that of a MetaFormer of this package.
+    """
+    config = recipe.model
+    if config.name not in timm.list_models("riformer_*"):
+        raise ValueError(f"model.name is {config.name!r}; known are {timm.list_models('riformer_*')}")
+    overrides = ("depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
+    size = recipe.data.img_size
+    preprocessing = {
+        "url": "",
+        "input_size": (3, size, size),
+        "crop_pct": recipe.data.crop_pct,
+        "mean": recipe.data.mean,
+        "std": recipe.data.std,
+        "label_names": data.classes,
+    }
+    return timm.create_model(
+        config.name,
+        num_classes=len(data.classes),
+        mixer=config.mixer,
+        img_size=size,
+        drop_path_rate=config.drop_path_rate,
+        pretrained_cfg_overlay=preprocessing,
+        **{name: getattr(config, name) for name in overrides},
+    )
+
+
+def _build_teachers(
+    recipe: Recipe, run: Run, data: Dataset, device: torch.device
+) -> tuple[Teacher | None, Teacher | None]:
+    """Logit teacher and module teacher: one object when the recipe names them alike, None where it names none."""
+
+    def build(reference: str) -> Teacher | None:
+        if not reference:
+            return None
+        path = str(run.path / "teacher") if reference == "own" else reference
+        return build_teacher(path, len(data.classes), recipe.data.mean, recipe.data.std).to(device)
+
+    names = recipe.distill.logit_teacher, recipe.distill.module_teacher
+    logit_teacher = build(names[0])
+    return logit_teacher, logit_teacher if names[0] == names[1] else build(names[1])
+
+
+def _backward(
+    objective: Objective,
+    parts: list[tuple[Tensor, Tensor]],
+    scale: float,
+    student: nn.Module,
+    precision: str,
+    device: torch.device,
+) -> dict[str, float]:
+    """Gradients of the mean loss over the parts, and each term's mean over the parts and processes."""
+    sums: dict[str, Tensor] = {}
+    for i, (images, targets) in enumerate(parts):
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        last = i == len(parts) - 1
+        no_sync = student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
+        with no_sync:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                terms = objective(images, targets, scale)
+            (terms["loss"] / len(parts)).backward()
+        right = (terms.pop("output").argmax(1) == targets.argmax(1)).float().mean()
+        for name, value in {**terms, "top1": 100 * right}.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() / len(parts)
+    return dict(zip(sums, mean_over_processes(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them, so that the state can be saved; a second one kills."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals go where they go
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _rng_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_rng_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])

@@ -1,0 +1,163 @@
+"""The run folder: all that is needed to repeat, resume, evaluate and use one training.
+
+- recipe.json: the resolved configuration; `riformer train --config` takes it
+- env.json: versions, machine and date
+- data.json: class names, the split and skipped images
+- metrics.jsonl: a line for each optimiser step and each epoch
+- best/: the best model so far: config.json and model.safetensors, in the Hub's layout
+- last/: the state to resume from, with checksums; last.previous/ is the one before
+- teacher/: the run of its own teacher, where it trained one
+- evaluation.json: accuracy, parity and speed of the finished model
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from riformer.atomic import previous, replace_folder, write_text
+from riformer.config import Recipe, from_dict, to_dict
+from riformer.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One run folder. Only the main process of a distributed run writes to it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def begin(self, recipe: Recipe, world_size: int) -> None:
+        """Writes the recipe and the environment into a new folder, or checks that an existing run has this recipe.
+
+        Raises:
+            ValueError: the folder holds other files, or a run of another recipe; the message names the differences.
+        """
+        file = self.path / "recipe.json"
+        if file.exists():
+            if differences := _differences(to_dict(self.recipe()), to_dict(recipe)):
+                listed = "\n  ".join(differences)
+                raise ValueError(f"{self.path} holds a run of another recipe; choose another --out:\n  {listed}")
+        elif self.path.is_dir() and os.listdir(self.path):
+            raise ValueError(f"{self.path} is not empty and not a run folder; choose another --out")
+        else:
+            self.write("recipe.json", to_dict(recipe))
+        if self.read("env.json") is None:
+            self.write("env.json", environment(world_size))
+
+    def recipe(self) -> Recipe:
+        """The recipe of this run.
+
+        Raises:
+            ValueError: there is no run here.
+        """
+        file = self.path / "recipe.json"
+        if not file.is_file():
+            raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
+        return from_dict(json.loads(file.read_text()))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file of this run, or None when it is not there yet."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Replaces a JSON file of this run."""
+        write_text(self.path / name, json.dumps(content, indent=2))
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Appends a line to the metrics."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics so far; a last line that a kill left half-written is dropped."""
+        file = self.path / "metrics.jsonl"
+        lines = []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops the lines after `step`, which a resume is about to write again."""
+        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(kept))
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Replaces last/ by `state`; the one before stays as last.previous/."""
+        with replace_folder(self.path / "last", keep_previous=True) as folder:
+            torch.save(state, folder / "state.pt")
+            write_text(folder / "manifest.json", json.dumps({"state.pt": _sha256(folder / "state.pt")}))
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The newest state whose checksum is right, or None when nothing was saved yet.
+
+        Raises:
+            ValueError: states were saved but none of them is whole.
+        """
+        folders = [self.path / "last", previous(self.path / "last")]
+        for folder in folders:
+            try:
+                expected = json.loads((folder / "manifest.json").read_text())["state.pt"]
+                if expected == _sha256(folder / "state.pt"):
+                    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            except (OSError, ValueError, KeyError):
+                pass
+            if folder.exists():
+                logger.warning("%s is damaged; falling back to the state before it", folder)
+        if any(folder.exists() for folder in folders):
+            raise ValueError(f"no saved state in {self.path} is whole; start anew with another --out")
+        return None
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Date, versions and machine, for the record."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "riformer": __version__,
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in ("torch", "torchvision", "timm")},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "world_size": world_size,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The knobs that differ, as `section.knob: old, now new`."""
+    lines = []
+    for name in old.keys() | new.keys():
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{prefix}{name}.")
+        elif json.dumps(before) != json.dumps(after):
+            lines.append(f"{prefix}{name}: {before!r} there, {after!r} now")
+    return sorted(lines)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
