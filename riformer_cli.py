@@ -8,13 +8,13 @@ from difflib import get_close_matches
 
 VERBS = {
     "train": "train a network, and its teacher first where the recipe says so; or resume a run",
-    "ladder": "train several recipes over several seeds, to compare them",
+    "ladder": "train rungs of a comparison over several seeds",
     "eval": "accuracy before and after the fuse, of a run or of any saved model on any data",
     "fuse": "write the deploy form of a run or model, checked equal",
     "predict": "label images",
     "convert": "read an mmpretrain, PoolFormer or timm checkpoint, write safetensors",
     "report": "one HTML page about one or more runs",
-    "list": "models, mixers, recipes, ladders and data sets",
+    "list": "models, mixers, recipes, rungs and data sets",
 }
 
 HELP = """usage: riformer VERB [options]
@@ -27,9 +27,9 @@ verbs:
 riformer VERB --help explains a verb's options; riformer --version prints the version.
 
 start here:
-  riformer train --recipe quickstart                            the whole idea on built-in data, in about a minute
-  riformer train --recipe images --data.name folder:PATH        the same on your own images
-  riformer report runs/images                                   a page about what came out
+  riformer train                                             the whole idea on built-in digits, in about a minute
+  riformer train --recipe photos --data.name folder:PATH     the same on your own images
+  riformer report runs                                       a page about what came out
 """
 
 

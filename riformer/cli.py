@@ -2,13 +2,14 @@
 
 import json
 import logging
-import os
 import sys
 from argparse import ArgumentParser as PlainParser
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_type_hints
 
 import timm
@@ -25,13 +26,16 @@ from riformer.model.fuse import fold, fuse
 from riformer.model.mixers import MIXERS
 from riformer.model.weights import convert, load, save
 from riformer.progress import TrainProgress
-from riformer.recipes import LADDERS, RECIPES
+from riformer.recipes import RECIPES, RUNGS
 from riformer.study.cost import count_params
 from riformer.study.evaluation import describe, evaluate_model, evaluate_run
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.study.report import write_report
 from riformer.train.data import DATASETS
+from riformer.train.distributed import is_main_process
 from riformer.train.run import Run
+
+ROLES = ("teacher", "student", "deploy")
 
 console = Console()
 errors = Console(stderr=True)
@@ -59,20 +63,8 @@ def train(argv: list[str]) -> int:
     The recipe gives every setting, and any of them can be overridden. The same command, given again, goes on exactly
     with an interrupted run. Several processes: torchrun --nproc-per-node N -m riformer train ...
     """
-    start = PlainParser(add_help=False, allow_abbrev=False)
-    start.add_argument("--recipe", default="quickstart")
-    start.add_argument("--config")
-    start.add_argument("--resume")
-    given, others = start.parse_known_args(argv)
-    if given.resume and others and not _wants_help(argv):
-        raise ValueError(f"--resume takes every setting from the run, so {' '.join(others)} cannot be given with it")
-    base = Run(given.resume).recipe() if given.resume else _base_recipe(given.recipe, given.config)
-
-    parser = _parser(train)
-    parser.add_argument(
-        "--recipe", type=str, default="quickstart", help=f"settings to start from: {', '.join(RECIPES)}"
-    )
-    parser.add_argument("--config", type=str, help="start from a run's recipe.json instead")
+    given, base = _base_recipe(argv)
+    parser = _recipe_parser(train)
     parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
     parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
     options, recipe = _parse_recipe(parser, base, argv)
@@ -84,25 +76,22 @@ def train(argv: list[str]) -> int:
 
 
 def ladder(argv: list[str]) -> int:
-    """Trains several recipes over several seeds, each in a run folder of its own, and prints them side by side.
+    """Trains rungs of a comparison over several seeds, each in a run folder of its own, and prints them side by side.
 
-    Overrides apply to every recipe. The same command, given again, goes on where it stopped.
+    A rung changes one thing in the recipe, such as learning from labels alone; overrides apply to all rungs. The same
+    command, given again, goes on where it stopped.
     """
-    names = [argument for argument in argv[:1] if not argument.startswith("-")]
-    recipes = LADDERS[_known(names[0], LADDERS, "ladder")] if names else next(iter(LADDERS.values()))
-
-    def parse(base: Recipe) -> tuple[Any, Recipe]:
-        parser = _parser(ladder)
-        parser.add_argument("ladder", type=str, help=f"which comparison: {', '.join(LADDERS)}")
-        parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each recipe, such as [0,1,2]")
-        parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/LADDER)")
-        return _parse_recipe(parser, base, argv)
-
-    parsed = [parse(RECIPES[name]()) for name in recipes]
-    options = parsed[0][0]
+    _, base = _base_recipe(argv)
+    parser = _recipe_parser(ladder)
+    parser.add_argument("--rungs", type=list[str], default=list(RUNGS), help="what to compare, see `riformer list`")
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each rung")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
+    parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
+    options, recipe = _parse_recipe(parser, base, argv)
+    rungs = [RUNGS[_known(name, RUNGS, "rung")](recipe) for name in options.rungs]
     with TrainProgress(_main_console()) as progress:
-        folder = Path(options.out or f"runs/{options.ladder}")
-        finished = run_ladder([recipe for _, recipe in parsed], options.seeds, folder, progress)
+        folder = Path(options.out or f"runs/{recipe.name}")
+        finished = run_ladder(rungs, options.seeds, folder, progress, options.jobs)
     _print_runs(finished)
     return 0
 
@@ -221,9 +210,9 @@ def report(argv: list[str]) -> int:
 
 
 def list_verb(argv: list[str]) -> int:
-    """Lists the models, token mixers, recipes, ladders and data sets that can be named."""
+    """Lists the models, token mixers, recipes, rungs of a ladder and data sets that can be named."""
     parser = _parser(list_verb)
-    kinds = ("models", "mixers", "recipes", "ladders", "datasets")
+    kinds = ("models", "mixers", "recipes", "rungs", "datasets")
     parser.add_argument("kinds", type=str, nargs="*", help=f"what to list: {', '.join(kinds)} (default: all)")
     options = parser.parse_args(argv)
     for kind in options.kinds or kinds:
@@ -253,12 +242,10 @@ def _entries(kind: str) -> list[tuple[str, str]]:
         with torch.device("meta"):
             sizes = {name: count_params(timm.create_model(name)) for name in timm.list_models("riformer_*")}
         return [(name, f"{size / 1e6:.1f} M parameters") for name, size in sizes.items()]
-    if kind == "ladders":
-        return [(name, ", ".join(recipes)) for name, recipes in LADDERS.items()]
     if kind == "datasets":
         return list(DATASETS.items())
-    table: dict[str, Any] = dict(MIXERS) if kind == "mixers" else dict(RECIPES)
-    return [(name, (entry.__doc__ or "").splitlines()[0]) for name, entry in table.items()]
+    tables: dict[str, Any] = {"mixers": MIXERS, "recipes": RECIPES, "rungs": RUNGS}
+    return [(name, (entry.__doc__ or "").splitlines()[0]) for name, entry in tables[kind].items()]
 
 
 def _parser(verb: Callable) -> ArgumentParser:
@@ -266,22 +253,42 @@ def _parser(verb: Callable) -> ArgumentParser:
     return ArgumentParser(prog=f"riformer {name}", description=verb.__doc__)
 
 
+def _recipe_parser(verb: Callable) -> ArgumentParser:
+    parser = _parser(verb)
+    names = ", ".join(RECIPES)
+    parser.add_argument("--recipe", type=str, default="quickstart", help=f"settings to start from: {names}")
+    parser.add_argument("--config", type=str, help="start from a run's recipe.json instead")
+    return parser
+
+
+def _base_recipe(argv: list[str]) -> tuple[Namespace, Recipe]:
+    """The recipe that --recipe, --config or --resume name, read before the other options, whose defaults it gives."""
+    start = PlainParser(add_help=False, allow_abbrev=False)
+    start.add_argument("--recipe", default="quickstart")
+    start.add_argument("--config")
+    start.add_argument("--resume")
+    given, others = start.parse_known_args(argv)
+    if given.resume:
+        if others and not {"-h", "--help"} & set(others):
+            raise ValueError(f"--resume takes every setting from the run; {' '.join(others)} cannot be given with it")
+        return given, Run(given.resume).recipe()
+    if given.config:
+        try:
+            return given, from_dict(json.loads(Path(given.config).read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config {given.config} is not JSON: {error}") from error
+    return given, RECIPES[_known(given.recipe, RECIPES, "recipe")]()
+
+
 def _parse_recipe(parser: ArgumentParser, base: Recipe, argv: list[str]) -> tuple[Any, Recipe]:
     """The parsed options, and the recipe that `base` becomes with the overrides in them."""
     kinds = get_type_hints(Recipe)
+    helps = {"name": "what reports call it", "seed": "decides initialisation, order, augmentation and every other draw"}
     for field in fields(Recipe):
-        parser.add_argument(f"--{field.name}", type=kinds[field.name], default=getattr(base, field.name))
+        kind, default = kinds[field.name], getattr(base, field.name)
+        parser.add_argument(f"--{field.name}", type=kind, default=default, help=helps.get(field.name))
     options = parser.instantiate(parser.parse_args(argv))
     return options, Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-
-
-def _base_recipe(name: str, config: str | None) -> Recipe:
-    if config is None:
-        return RECIPES[_known(name, RECIPES, "recipe")]()
-    try:
-        return from_dict(json.loads(Path(config).read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {config} is not JSON: {error}") from error
 
 
 def _known(name: str, table: Any, kind: str) -> str:
@@ -299,13 +306,9 @@ def _underscored(argument: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument
 
 
-def _wants_help(argv: list[str]) -> bool:
-    return bool({"-h", "--help"} & set(argv))
-
-
 def _main_console() -> Console:
     """The console; a silent one in all but the first process of a distributed run."""
-    return console if int(os.environ.get("RANK", 0)) == 0 else Console(quiet=True)
+    return console if is_main_process() else Console(quiet=True)
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:
@@ -316,19 +319,30 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
 
 
 def _print_runs(runs: list[Run]) -> None:
-    """A table of the evaluated runs: accuracy before and after the fuse, beside the teacher; size and speed."""
-    table = Table("run", "model", "top-1 %", "params", "MACs (M)", "images/s, teacher = 1", "fuse difference")
+    """A row for each recipe: accuracy before and after the fuse beside the teacher, size, speed, fuse difference."""
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        evaluation = run.read("evaluation.json") or {"models": {}}
-        for role, row in evaluation["models"].items():
-            ratio = evaluation["speed"].get("ratio") if role == "deploy" else None
-            table.add_row(
-                run.path.name if role == next(iter(evaluation["models"])) else "",
-                f"{role} ({row['name']})",
-                f"{row['top1']:.2f}",
-                f"{row['params']:,}",
-                f"{row['macs'] / 1e6:.1f}",
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
-                f"{evaluation['fuse']['max_rel']:.1e}" if role == "deploy" else "",
-            )
+        if evaluation := run.read("evaluation.json"):
+            by_recipe.setdefault(run.recipe().name, []).append(evaluation)
+    table = Table("recipe", "teacher", "student", "fused", "params", "MACs", "speed", "fuse difference")
+    for name, evaluations in by_recipe.items():
+        fused = evaluations[0]["models"]["deploy"]
+        ratios = [e["speed"]["ratio"]["median"] for e in evaluations if "ratio" in e["speed"]]
+        table.add_row(
+            name,
+            *[_mean(e["models"][role]["top1"] for e in evaluations if role in e["models"]) for role in ROLES],
+            f"{fused['params']:,}",
+            f"{fused['macs'] / 1e6:,.1f} M",
+            f"{fmean(ratios):.2f} x" if ratios else "",
+            f"{max(e['fuse']['max_rel'] for e in evaluations):.0e}",
+        )
+    num_seeds = max(map(len, by_recipe.values()), default=0)
+    table.caption = "top-1 %" + (f", mean of {num_seeds} seeds and each" if num_seeds > 1 else "")
+    table.caption += "; speed of the fused network over its teacher's, side by side; difference over the largest logit"
     _main_console().print(table)
+
+
+def _mean(values: Iterable[float]) -> str:
+    values = list(values)
+    each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{each}" if values else ""

@@ -1,13 +1,27 @@
-"""Progress of a training on the terminal: a bar with every loss term, accuracy, speed and time left."""
+"""Progress of trainings on the terminal: a bar each, with every loss term, accuracy, speed and time left."""
 
 import time
+from dataclasses import dataclass
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
 TERMS = ("label", "hard", "soft", "block", "mixer", "relation")
-LINE_SECONDS = 10  # without a terminal: at most one line in this time, and the last
+LINE_SECONDS = 15  # without a terminal, a training prints at most one line in this time, and its last
+
+
+@dataclass
+class _Training:
+    """What is on display about one run."""
+
+    name: str
+    task: TaskID
+    images_per_s: float = 0.0
+    val: str = ""
+    numbers: str = ""
+    printed_at: float = 0.0
 
 
 class TrainProgress:
@@ -15,44 +29,47 @@ class TrainProgress:
 
     def __init__(self, console: Console):
         self.console = console
-        self.bar = Progress(
+        self.trainings: dict[str, _Training] = {}
+        self.bars = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
+            TimeLeftColumn(),
+            TextColumn("left"),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.printed_at = 0.0
-        self.speed = 0.0
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self.bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        self.bars.stop()
 
     def __call__(self, line: dict[str, Any]) -> None:
         if line["kind"] == "start":
-            self.name, self.num_steps, self.val, self.speed = line["name"], line["num_steps"], "", 0.0
-            self.task = self.bar.add_task(self.name, total=self.num_steps, completed=line["step"], numbers="")
-            if line["step"] and line["step"] < self.num_steps:
-                self.console.print(f"going on at step {line['step']} of {self.num_steps} in {line['run']}")
-        elif line["kind"] == "step":
-            rate = line["images_per_s"]
-            self.speed = 0.9 * self.speed + 0.1 * rate if self.speed else rate
+            task = self.bars.add_task(line["run"], total=line["num_steps"], completed=line["step"], numbers="")
+            self.trainings[line["run"]] = _Training(line["run"], task)
+            if 0 < line["step"] < line["num_steps"]:
+                self.console.print(f"{line['run']}: going on at step {line['step']}", highlight=False, soft_wrap=True)
+            return
+        training = self.trainings[line["run"]]
+        if line["kind"] == "step":
+            rate, before = line["images_per_s"], training.images_per_s
+            training.images_per_s = 0.9 * before + 0.1 * rate if before else rate
             terms = " ".join(f"{name} {line[name]:.3g}" for name in TERMS if name in line)
-            numbers = f"loss {line['loss']:.3g} ({terms}) top-1 {line['top1']:.0f}{self.val} {self.speed:,.0f} img/s"
-            self.bar.update(self.task, completed=line["step"], numbers=numbers)
-            self.numbers = numbers
-        else:
-            self.val = f", val {line['val_top1']:.1f}"
-            last = line["step"] == self.num_steps
-            if not self.console.is_terminal and (last or time.monotonic() - self.printed_at > LINE_SECONDS):
-                self.printed_at = time.monotonic()
-                step = f"{self.name}: epoch {line['epoch'] + 1}, step {line['step']}/{self.num_steps}"
-                self.console.print(f"{step}: {self.numbers}, val top-1 {line['val_top1']:.2f}", highlight=False)
+            accuracy = f"top-1 {line['top1']:.0f}{training.val}"
+            training.numbers = f"loss {line['loss']:.3g} ({terms}) {accuracy} {training.images_per_s:,.0f} img/s"
+            self.bars.update(training.task, completed=line["step"], numbers=training.numbers)
+            return
+        training.val = f" val {line['val_top1']:.1f}"
+        finished = line["step"] == line["num_steps"]
+        if finished:
+            self.bars.update(training.task, visible=len(self.trainings) < 6)
+        if not self.console.is_terminal and (finished or time.monotonic() - training.printed_at > LINE_SECONDS):
+            training.printed_at = time.monotonic()
+            place = f"{training.name}: step {line['step']}/{line['num_steps']}"
+            self.console.print(f"{place}, {training.numbers}", highlight=False, soft_wrap=True)

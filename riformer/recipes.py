@@ -1,7 +1,7 @@
-"""Functions that return a Recipe: the quickstart, the paper's setting, the rungs of its ladder.
+"""Functions that return a Recipe, and the rungs: what a comparison changes in a recipe.
 
-`RECIPES` maps the names that `riformer train --recipe NAME` takes to these functions; `LADDERS` maps names of
-comparisons to the recipes that they run. A recipe is a complete configuration; anything in it can be overridden.
+`RECIPES` has what `riformer train --recipe NAME` takes, `RUNGS` what `riformer ladder --rungs NAME` runs. A recipe is a
+complete configuration, of which anything can be overridden; a rung turns one recipe into another.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
 
-# Small images: a 2-pixel stem without overlap keeps the receptive field small, so that token mixing has work to do.
-SMALL_NET = ModelConfig(name="riformer_s12", depths=(2, 2), dims=(32, 64), stem_patch=2, stem_stride=2)
 LABELS = DistillConfig()
-FULL_DISTILLATION = DistillConfig(
+# The paper's paradigm: soft labels without ground truth, the teacher's weights, imitation. One network in both teacher
+# roles. Choice: equal weights of the terms, imitation fading out; docs/paper-map.md has what was tried.
+FULL = DistillConfig(
     logit_teacher="own",
     module_teacher="own",
     start_from_teacher=True,
@@ -21,11 +21,12 @@ FULL_DISTILLATION = DistillConfig(
     block_weight=1.0,
     mixer_weight=1.0,
     relation_weight=1.0,
+    schedule="cosine",
 )
 
 
 def quickstart() -> Recipe:
-    """RIFormer's whole training on the built-in digits: own teacher, its weights, soft labels, imitation."""
+    """Tiny images of up to 16 pixels, minutes on a processor: the built-in digits, with a GFNet-like teacher."""
     return Recipe(
         name="quickstart",
         data=DataConfig(name="digits", img_size=16, crop_pct=1.0),
@@ -38,23 +39,55 @@ def quickstart() -> Recipe:
             mixup=0.0,
             cutmix=0.0,
         ),
-        model=replace(SMALL_NET, layer_scale_init=0.1),
-        teacher=TeacherConfig(mixer="attention", epochs=20, lr=2e-3),
-        distill=FULL_DISTILLATION,
-        optim=OptimConfig(lr=2e-3, epochs=20, warmup_epochs=2, batch_size=100, label_smoothing=0.0, precision="fp32"),
+        # A stem without overlap and few stages keep the receptive field small, so that token mixing has work to do.
+        model=ModelConfig(depths=(1, 1), dims=(24, 48), stem_patch=2, stem_stride=2, layer_scale_init=1.0),
+        teacher=TeacherConfig(mixer="global_filter", epochs=25, lr=8e-3),
+        distill=FULL,
+        optim=OptimConfig(lr=8e-3, epochs=25, warmup_epochs=1, batch_size=50, label_smoothing=0.0, precision="fp32"),
     )
 
 
-def quickstart_labels() -> Recipe:
-    """The quickstart's network on labels alone, for as many steps as the RIFormer."""
-    return replace(quickstart(), name="quickstart-labels", distill=LABELS)
+def small_images() -> Recipe:
+    """Images of up to about 32 pixels, such as Fashion-MNIST: a small network, light augmentation, half an hour."""
+    return Recipe(
+        name="small-images",
+        data=DataConfig(name="fashion-mnist", img_size=32, crop_pct=1.0),
+        augment=AugmentConfig(
+            crop_scale=(0.5, 1.0), color_jitter=0.2, auto_augment="", random_erasing=0.1, mixup=0.0, cutmix=0.0
+        ),
+        model=ModelConfig(depths=(2, 2, 2), dims=(32, 64, 128), stem_patch=4, stem_stride=4, layer_scale_init=1.0),
+        teacher=TeacherConfig(mixer="global_filter", epochs=20, lr=4e-3),
+        distill=FULL,
+        optim=OptimConfig(lr=4e-3, epochs=20, warmup_epochs=1, batch_size=128, label_smoothing=0.0),
+    )
 
 
-def quickstart_labels_long() -> Recipe:
-    """The quickstart's network on labels alone, with the teacher's steps spent on it as well."""
-    recipe = quickstart_labels()
+def photos() -> Recipe:
+    """Photographs at 224 pixels: RIFormer-S12 from a PoolFormer of its size that the run trains first; for a GPU."""
+    return Recipe(
+        name="photos",
+        data=DataConfig(name="", num_workers=8),
+        model=ModelConfig(drop_path_rate=0.1),
+        teacher=TeacherConfig(mixer="pooling", epochs=120, lr=1e-3),
+        distill=FULL,
+        optim=OptimConfig(lr=1e-3, epochs=120, batch_size=1024, clip_grad=1.0, ema_decay=0.9995),
+    )
+
+
+def labels(recipe: Recipe) -> Recipe:
+    """The same network on labels alone, for as many steps."""
+    return replace(recipe, name=f"{recipe.name}-labels", distill=LABELS)
+
+
+def labels_long(recipe: Recipe) -> Recipe:
+    """The same network on labels alone, the steps of the teacher's training spent on it as well."""
     epochs = recipe.optim.epochs + recipe.teacher.epochs
-    return replace(recipe, name="quickstart-labels-long", optim=replace(recipe.optim, epochs=epochs))
+    return replace(labels(recipe), name=f"{recipe.name}-labels-long", optim=replace(recipe.optim, epochs=epochs))
+
+
+def full(recipe: Recipe) -> Recipe:
+    """The recipe as it is."""
+    return recipe
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -70,10 +103,12 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart": quickstart,
-    "quickstart-labels": quickstart_labels,
-    "quickstart-labels-long": quickstart_labels_long,
+    "small-images": small_images,
+    "photos": photos,
 }
 
-LADDERS: dict[str, tuple[str, ...]] = {
-    "quickstart": ("quickstart-labels", "quickstart-labels-long", "quickstart"),
+RUNGS: dict[str, Callable[[Recipe], Recipe]] = {
+    "labels": labels,
+    "labels-long": labels_long,
+    "full": full,
 }

@@ -37,7 +37,8 @@ def fuse(model: MetaFormer) -> MetaFormer:
     """
     fused = deepcopy(_unwrapped(model, "fuse"))
     for stage in fused.stages:
-        stage.blocks = nn.Sequential(*[block.fuse() for block in stage.blocks])
+        for i, block in enumerate(stage.blocks):
+            stage.blocks[i] = block.fuse()
     return fused
 
 
@@ -59,7 +60,8 @@ def fold(model: MetaFormer) -> MetaFormer:
         block.norm1.bias.mul_(scale1)
         block.mlp.fc2.weight.mul_(scale2.view(-1, 1, 1, 1))
         block.mlp.fc2.bias.mul_(scale2)
-        block.layer_scale1, block.layer_scale2 = nn.Identity(), nn.Identity()
+        block.layer_scale1 = nn.Identity().train(block.training)
+        block.layer_scale2 = nn.Identity().train(block.training)
     return folded
 
 

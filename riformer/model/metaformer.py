@@ -197,6 +197,12 @@ class MetaFormer(nn.Module):
         self.head = Head(dims[-1], num_classes, global_pool, drop_rate)
         self.apply(_init_weights)
 
+    @property
+    def mixers(self) -> list[str]:
+        """The token mixer of each stage, by its name in `MIXERS`, as the blocks are now: fusing changes it."""
+        names: dict[type, str] = {mixer: name for name, mixer in MIXERS.items()}
+        return [names[type(stage.get_submodule("blocks.0").token_mixer)] for stage in self.stages]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
@@ -271,14 +277,10 @@ class MetaFormer(nn.Module):
             cast(Stage, stage).grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer-wise learning rates, in timm's form."""
+        """Layer groups for layer-wise learning rates, in timm's form; the head, which none matches, is the last."""
         if coarse:
-            return dict(stem=r"^stem", blocks=[(r"^stages\.(\d+)", None), (r"^head", (99999,))])
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^head", (99999,)),
-        ]
+            return dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return dict(stem=r"^stem", blocks=blocks)
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from riformer.atomic import replace_file, replace_folder
 from riformer.model.metaformer import MetaFormer
-from riformer.model.mixers import MIXERS
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # the Hub's file names, which timm expects
 
@@ -213,11 +212,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
 def _config_json(model: nn.Module) -> str:
     args: dict[str, Any] = {}
     if isinstance(model, MetaFormer):  # fuse and fold change the form that timm noted when it built the model
-        blocks = [stage.get_submodule("blocks.0") for stage in model.stages]
-        names: dict[type, str] = {cls: name for name, cls in MIXERS.items()}
-        mixers = [names[type(block.token_mixer)] for block in blocks]
-        args["mixer"] = mixers[0] if len(set(mixers)) == 1 else mixers
-        if isinstance(blocks[0].layer_scale1, nn.Identity):
+        args["mixer"] = model.mixers[0] if len(set(model.mixers)) == 1 else model.mixers
+        if isinstance(model.get_submodule("stages.0.blocks.0.layer_scale1"), nn.Identity):
             args["layer_scale_init"] = 0
     label_names = model.pretrained_cfg.get("label_names")
     with TemporaryDirectory() as folder:

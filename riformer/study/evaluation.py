@@ -14,6 +14,7 @@ from riformer.config import DataConfig
 from riformer.deploy.parity import compare
 from riformer.distill.teachers import build_teacher
 from riformer.model.fuse import fuse
+from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
 from riformer.study.cost import count_macs, count_params
 from riformer.study.latency import Spread, images_per_s
@@ -111,14 +112,14 @@ def evaluate_model(model: nn.Module, data: DataConfig, split: str = "") -> dict[
     def batches() -> Any:
         return ((x, own_index[y]) for x, y in eval_batches(dataset.splits[split], data, BATCH_SIZE))
 
-    forms = {"training form" if describe(model).endswith("affine") else "as saved": model, "deploy form": fuse(model)}
+    forms = {"as saved": model, "fused": fuse(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
 
 
 def describe(model: nn.Module) -> str:
-    """Architecture and token mixer, such as `riformer_s12 affine`."""
-    mixers = [type(module.token_mixer).__name__ for module in model.modules() if hasattr(module, "token_mixer")]
-    return " ".join([model.pretrained_cfg["architecture"], *map(str.lower, dict.fromkeys(mixers))])
+    """Architecture and token mixers, such as `riformer_s12 affine`."""
+    mixers = dict.fromkeys(model.mixers) if isinstance(model, MetaFormer) else {}
+    return " ".join([str(model.pretrained_cfg["architecture"]), *mixers])
 
 
 @torch.no_grad()

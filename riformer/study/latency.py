@@ -25,7 +25,7 @@ class Spread:
 
 @torch.inference_mode()
 def images_per_s(
-    models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int = 15, seconds: float = 0.04
+    models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int = 15, seconds: float = 0.02
 ) -> dict[str, list[float]]:
     """Images per second of each model in each round; the models take turns (A B C A B C ...), after a warm-up.
 

@@ -67,3 +67,8 @@ def mean_over_processes(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of torchrun's."""
+    return int(os.environ.get("RANK", 0)) == 0

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -51,7 +51,7 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
     Args:
         recipe: the whole configuration.
         folder: the run folder, made or resumed.
-        progress: called with each line of the metrics; a `start` line comes before the first.
+        progress: called with each line of the metrics, the run and its name added; a `start` line comes first.
 
     Raises:
         ValueError: a recipe that contradicts itself or the data, or a folder with another run.
@@ -114,7 +114,11 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         _set_rng_state(state["rng"][rank])
     if main:
         run.cut_metrics(step)
-    progress({"kind": "start", "run": str(run.path), "name": recipe.name, "step": step, "num_steps": num_steps})
+
+    def tell(line: dict[str, Any]) -> None:
+        progress({"run": str(run.path), "name": recipe.name, "num_steps": num_steps, **line})
+
+    tell({"kind": "start", "step": step})
 
     # objective
     student = torch.compile(model) if optim.compile else model
@@ -138,9 +142,9 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         saved_at = time.monotonic()
         for epoch in range(step // batches.steps_per_epoch, optim.epochs):
             epoch_began = time.monotonic()
+            step_began = time.monotonic()
             model.train()
             for parts in batches.epoch(epoch, start_step=step % batches.steps_per_epoch):
-                step_began = time.monotonic()
                 schedule.step_update(step)
                 scale = imitation_scale(distill.schedule, step / num_steps, distill.phase)
                 terms = _backward(objective, parts, scale, student, optim.precision, device)
@@ -157,9 +161,10 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                     ema.update(model, step)
                 line = {"kind": "step", "step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **terms}
                 line["images_per_s"] = round(optim.batch_size / (time.monotonic() - step_began), 1)
+                step_began = time.monotonic()
                 if main:
                     run.log(line)
-                progress(line)
+                tell(line)
                 due = bool(interrupted) or (main and time.monotonic() - saved_at > SAVE_SECONDS)
                 if any_process(due, device) and step % batches.steps_per_epoch:
                     save_state()
@@ -183,7 +188,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             best = max(best, result.top1)
             save_state()
             saved_at = time.monotonic()
-            progress(line)
+            tell(line)
             if any_process(bool(interrupted), device) and step < num_steps:
                 raise KeyboardInterrupt
     barrier()
@@ -209,7 +214,7 @@ def build_model(recipe: Recipe, data: Dataset) -> MetaFormer:
         "std": recipe.data.std,
         "label_names": data.classes,
     }
-    return timm.create_model(
+    model = timm.create_model(
         config.name,
         num_classes=len(data.classes),
         mixer=config.mixer,
@@ -218,6 +223,7 @@ def build_model(recipe: Recipe, data: Dataset) -> MetaFormer:
         pretrained_cfg_overlay=preprocessing,
         **{name: getattr(config, name) for name in overrides},
     )
+    return cast(MetaFormer, model)
 
 
 def _build_teachers(
@@ -267,7 +273,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

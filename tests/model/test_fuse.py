@@ -103,6 +103,15 @@ def test_argument_untouched(transform, training):
     assert model(x).isfinite().all()
 
 
+def test_a_block_fuses_into_a_new_block():
+    block = randomised(tiny()).eval().stages[1].blocks[0]
+    before, x = deepcopy(block), images(2, 16, 8, 8)
+    fused = block.fuse()
+    torch.testing.assert_close(fused(x), block(x))
+    assert str(block) == str(before)
+    torch.testing.assert_close(dict(block.state_dict()), dict(before.state_dict()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_no_affine_left(transform):
     fused = transform(tiny())

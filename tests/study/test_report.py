@@ -72,8 +72,8 @@ def make_run(
     write_json(folder / "recipe.json", to_dict(recipe))
     write_json(folder / "env.json", env)
     skipped = [{"path": "train/3/broken.png", "reason": "truncated file"}]
-    counts = {"train": 1000, "val": 297, "test": 500}
-    write_json(folder / "data.json", dict(name=recipe.data.name, classes=classes, counts=counts, skipped=skipped))
+    splits = {split: {"num_images": count} for split, count in (("train", 1000), ("val", 297), ("test", 500))}
+    write_json(folder / "data.json", dict(name=recipe.data.name, classes=classes, splits=splits, skipped=skipped))
     names = [t for t in ("label", "soft", "block", "mixer", "relation") if getattr(recipe.distill, f"{t}_weight")]
     lines = []
     for epoch in range(num_epochs if steps_per_epoch else 0):

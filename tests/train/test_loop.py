@@ -1,0 +1,290 @@
+"""The training loop on tiny networks: exact resumes, one process and two, and what the run folder then holds."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Timer
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import riformer
+from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
+from riformer.train.loop import train
+from riformer.train.run import Run
+
+EPOCHS, STEPS = 3, 5  # steps an epoch
+SPAWN = get_context("forkserver")  # children that have imported torch, but have not yet run anything in it
+SPAWN.set_forkserver_preload(["riformer.train.loop"])
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**changes) -> Recipe:
+    """Everything that could break a resume is on: every draw, EMA, accumulation, bf16, two teacher roles, clipping."""
+    recipe = Recipe(
+        name="tiny",
+        data=DataConfig(name="digits", img_size=8, crop_pct=1.0),
+        augment=AugmentConfig(),
+        model=ModelConfig(depths=(1, 1), dims=(8, 8), stem_patch=2, stem_stride=2, drop_path_rate=0.3),
+        teacher=TeacherConfig(mixer="pooling", epochs=1, lr=1e-2),
+        distill=DistillConfig(
+            logit_teacher="own",
+            module_teacher="own",
+            start_from_teacher=True,
+            label_weight=0.1,
+            soft_weight=1.0,
+            block_weight=1.0,
+            mixer_weight=1.0,
+            relation_weight=1.0,
+            schedule="cosine",
+        ),
+        optim=OptimConfig(
+            lr=1e-2, epochs=EPOCHS, warmup_epochs=0.5, batch_size=200, accumulation=2, clip_grad=1.0, ema_decay=0.9
+        ),
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+def plain(**optim) -> Recipe:
+    """Labels alone and no augmentation that depends on how a batch is divided."""
+    steady = AugmentConfig(mixup=0.0, cutmix=0.0)
+    settings = {"lr": 1e-2, "epochs": 1, "warmup_epochs": 0.0, "batch_size": 200, "precision": "fp32", **optim}
+    model = ModelConfig(depths=(1, 1), dims=(8, 8), stem_patch=2, stem_stride=2)
+    return tiny(distill=DistillConfig(), augment=steady, model=model, optim=OptimConfig(**settings))
+
+
+def lines(folder: Path) -> list[dict]:
+    """The metrics without the times."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "seconds")} for line in Run(folder).metrics()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder) if line["kind"] == "step"]
+
+
+def child(recipe: Recipe, folder: Path, rank: int, world_size: int, port: int, die_after: float | None) -> None:
+    torch.set_num_threads(1)
+    os.environ["XDG_CACHE_HOME"] = str(folder.parent)
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if die_after is not None:
+        Timer(die_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    train(recipe, folder)
+
+
+def run_processes(
+    recipe: Recipe, folder: Path, world_size: int = 1, die_after: float | None = None
+) -> list[int | None]:
+    """Trains in processes of their own; the last of them kills itself with SIGKILL after so many seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        SPAWN.Process(
+            target=child, args=(recipe, folder, r, world_size, port, die_after if r == world_size - 1 else None)
+        )
+        for r in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    processes[-1].join(120)
+    if processes[-1].exitcode != 0:  # as torchrun does when one has died
+        for process in processes:
+            process.kill()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folders of uninterrupted runs, by number of processes."""
+    root = tmp_path_factory.mktemp("whole")
+    folders = {world_size: root / str(world_size) for world_size in (1, 2)}
+    for world_size, folder in folders.items():
+        assert run_processes(tiny(), folder, world_size) == [0] * world_size
+        assert len(losses(folder)) == EPOCHS * STEPS
+    return folders
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("trial", range(int(os.environ.get("RESUME_TRIALS", 2))))
+def test_killed_at_random_moments_a_run_resumes_bit_for_bit(tmp_path, whole, world_size, trial):
+    moments = random.Random(f"{world_size} {trial}")
+    deaths = [any(run_processes(tiny(), tmp_path / "run", world_size, moments.uniform(0.2, 3.0))) for _ in range(3)]
+    assert any(deaths)
+    assert run_processes(tiny(), tmp_path / "run", world_size) == [0] * world_size
+    assert lines(tmp_path / "run") == lines(whole[world_size])
+    assert lines(tmp_path / "run" / "teacher") == lines(whole[world_size] / "teacher")
+    ours, theirs = (riformer.load(folder).state_dict() for folder in (tmp_path / "run", whole[world_size]))
+    assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("step", [1, 3, STEPS, STEPS + 2])
+def test_an_interrupt_saves_the_step_and_the_same_call_goes_on(tmp_path, whole, step):
+    seen = []
+
+    def interrupt(line):
+        seen.append(line)
+        if line["kind"] == "step" and line["step"] == step and seen[0]["name"] == "tiny":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def note(line):
+        if line["kind"] == "start":
+            seen.clear()
+        interrupt(line)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tmp_path / "run", note)
+    assert len(losses(tmp_path / "run")) == step
+    assert Run(tmp_path / "run").load_state()["step"] == step
+    train(tiny(), tmp_path / "run")
+    assert lines(tmp_path / "run") == lines(whole[1])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
+    before = {path: path.read_bytes() for path in whole[1].rglob("*") if path.is_file()}
+    train(tiny(), whole[1])
+    assert {path: path.read_bytes() for path in whole[1].rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_and_accumulation_equal_one_process_with_the_whole_batch(tmp_path):
+    train(plain(), tmp_path / "one")
+    train(plain(accumulation=4), tmp_path / "parts")
+    assert run_processes(plain(), tmp_path / "two", world_size=2) == [0, 0]
+    expected = torch.tensor(losses(tmp_path / "one"))
+    assert len(expected) == STEPS
+    assert_close(torch.tensor(losses(tmp_path / "parts")), expected, atol=1e-6, rtol=1e-5)
+    assert_close(torch.tensor(losses(tmp_path / "two")), expected, atol=1e-6, rtol=1e-5)
+    assert lines(tmp_path / "two")[-1]["val_top1"] == lines(tmp_path / "one")[-1]["val_top1"]
+
+
+def test_the_seed_decides_everything(tmp_path):
+    train(plain(), tmp_path / "a")
+    train(plain(), tmp_path / "b")
+    train(dataclasses.replace(plain(), seed=1), tmp_path / "c")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_a_run_learns(tmp_path):
+    train(plain(epochs=15, batch_size=100), tmp_path)
+    epochs = [line for line in lines(tmp_path) if line["kind"] == "epoch"]
+    assert epochs[-1]["val_top1"] > 30  # of ten classes
+    assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
+
+
+def test_a_run_folder_holds_the_best_model_with_its_classes_and_preprocessing(whole):
+    run = Run(whole[1])
+    model = timm.create_model(f"local-dir:{run.path / 'best'}", pretrained=True).eval()
+    assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    assert model.pretrained_cfg["input_size"] == (3, 8, 8)
+    images = torch.randn(2, 3, 8, 8)
+    assert_close(riformer.load(run.path)(images), model(images))
+    assert run.recipe() == tiny()
+    assert run.read("env.json")["torch"] == torch.__version__.split("+")[0] or "+" in run.read("env.json")["torch"]
+    assert run.read("data.json")["classes"] == [str(i) for i in range(10)]
+
+
+def test_the_saved_state_holds_no_teacher(whole):
+    state = Run(whole[1]).load_state()
+    student = set(riformer.load(whole[1]).state_dict())
+    assert set(state) == {"model", "ema", "optimizer", "step", "best", "rng", "world_size"}
+    assert set(state["model"]) == set(state["ema"]) == student
+    assert len(state["optimizer"]["state"]) == len(student)
+
+
+def test_every_active_term_is_logged_unweighted(whole):
+    steps = [line for line in lines(whole[1]) if line["kind"] == "step"]
+    assert {"label", "soft", "block", "mixer", "relation", "loss", "top1", "lr"} <= steps[0].keys()
+    first = steps[0]
+    weighted = 0.1 * first["label"] + sum(first[name] for name in ("soft", "block", "mixer", "relation"))
+    assert first["loss"] == pytest.approx(weighted, rel=1e-4)  # at step 0 the cosine is at 1
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_the_name_of_the_difference(whole):
+    other = dataclasses.replace(tiny(), optim=dataclasses.replace(tiny().optim, lr=0.5))
+    with pytest.raises(ValueError, match=r"another recipe.*\n  optim\.lr: 0\.01 there, 0\.5 now"):
+        train(other, whole[1])
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    assert run_processes(plain(), tmp_path / "two", world_size=2) == [0, 0]
+    with pytest.raises(ValueError, match="begun with 2 processes"):
+        train(plain(), tmp_path / "two")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and not a run folder"):
+        train(plain(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path, caplog):
+    run = Run(tmp_path)
+    run.save_state({"step": 1})
+    run.save_state({"step": 2})
+    assert run.load_state() == {"step": 2}
+    file = tmp_path / "last" / "state.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert run.load_state() == {"step": 1}
+    assert "is damaged" in caplog.text
+    (tmp_path / "last.previous" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no saved state in .* is whole"):
+        run.load_state()
+
+
+def test_metrics_are_cut_back_to_the_step_that_is_resumed(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        run.log({"kind": "step", "step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')
+    run.cut_metrics(2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite after step \d+"):
+        train(plain(lr=1e30, epochs=3), tmp_path)
+
+
+def test_only_networks_of_this_package_are_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.name is 'resnet18'; known are"):
+        train(dataclasses.replace(plain(), model=ModelConfig(name="resnet18")), tmp_path)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "global_filter"])
+def test_token_mixer_networks_train_under_the_same_loop(tmp_path, mixer):
+    recipe = dataclasses.replace(plain(), model=dataclasses.replace(plain().model, mixer=mixer))
+    train(recipe, tmp_path)
+    assert len(losses(tmp_path)) == STEPS
+
+
+def test_a_compiled_student_learns_the_same(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda model, real=torch.compile: real(model, backend="aot_eager"))
+    recipe = tiny(augment=AugmentConfig(auto_augment=""), model=plain().model)
+    optim = dataclasses.replace(recipe.optim, epochs=1, precision="fp32")
+    for compiled in (False, True):
+        chosen = dataclasses.replace(recipe, optim=dataclasses.replace(optim, compile=compiled))
+        train(chosen, tmp_path / str(compiled))
+    eager, compiled_losses = (torch.tensor(losses(tmp_path / name)) for name in ("False", "True"))
+    assert_close(compiled_losses, eager, atol=1e-4, rtol=1e-4)
