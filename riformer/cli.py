@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import timm
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -34,8 +35,6 @@ from riformer.study.report import write_report
 from riformer.train.data import DATASETS
 from riformer.train.distributed import is_main_process
 from riformer.train.run import Run
-
-ROLES = ("teacher", "student", "deploy")
 
 console = Console()
 errors = Console(stderr=True)
@@ -319,30 +318,36 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
 
 
 def _print_runs(runs: list[Run]) -> None:
-    """A row for each recipe: accuracy before and after the fuse beside the teacher, size, speed, fuse difference."""
+    """A row for each recipe: accuracy before and after the fuse, beside the teacher; speed; largest fuse difference."""
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if evaluation := run.read("evaluation.json"):
             by_recipe.setdefault(run.recipe().name, []).append(evaluation)
-    table = Table("recipe", "teacher", "student", "fused", "params", "MACs", "speed", "fuse difference")
+    table = Table("recipe", "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD)
     for name, evaluations in by_recipe.items():
-        fused = evaluations[0]["models"]["deploy"]
+        fused = [e["models"]["deploy"]["top1"] for e in evaluations]
         ratios = [e["speed"]["ratio"]["median"] for e in evaluations if "ratio" in e["speed"]]
         table.add_row(
             name,
-            *[_mean(e["models"][role]["top1"] for e in evaluations if role in e["models"]) for role in ROLES],
-            f"{fused['params']:,}",
-            f"{fused['macs'] / 1e6:,.1f} M",
-            f"{fmean(ratios):.2f} x" if ratios else "",
-            f"{max(e['fuse']['max_rel'] for e in evaluations):.0e}",
+            _mean(e["models"]["teacher"]["top1"] for e in evaluations if "teacher" in e["models"]),
+            _mean(e["models"]["student"]["top1"] for e in evaluations),
+            _mean(fused),
+            ", ".join(f"{value:.1f}" for value in fused),
+            f"{_mean(ratios)} x" if ratios else "",
         )
-    num_seeds = max(map(len, by_recipe.values()), default=0)
-    table.caption = "top-1 %" + (f", mean of {num_seeds} seeds and each" if num_seeds > 1 else "")
-    table.caption += "; speed of the fused network over its teacher's, side by side; difference over the largest logit"
-    _main_console().print(table)
+    printed = _main_console()
+    printed.print(table)
+    if by_recipe:
+        evaluations = [evaluation for group in by_recipe.values() for evaluation in group]
+        difference = max(e["fuse"]["max_rel"] for e in evaluations)
+        split, model = evaluations[-1]["split"], evaluations[-1]["models"]["deploy"]
+        printed.print(
+            f"top-1 % on {split}; speed of the fused student over its teacher; {model['params']:,} parameters, "
+            f"{model['macs'] / 1e6:,.1f} M MACs; the fuse changes logits by {difference:.0e} of the largest at most",
+            highlight=False,
+        )
 
 
 def _mean(values: Iterable[float]) -> str:
     values = list(values)
-    each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{each}" if values else ""
+    return f"{fmean(values):.2f}" if values else ""

@@ -40,7 +40,7 @@ def quickstart() -> Recipe:
             cutmix=0.0,
         ),
         # A stem without overlap and few stages keep the receptive field small, so that token mixing has work to do.
-        model=ModelConfig(depths=(1, 1), dims=(24, 48), stem_patch=2, stem_stride=2, layer_scale_init=1.0),
+        model=ModelConfig(name="riformer_micro"),
         teacher=TeacherConfig(mixer="global_filter", epochs=25, lr=8e-3),
         distill=FULL,
         optim=OptimConfig(lr=8e-3, epochs=25, warmup_epochs=1, batch_size=50, label_smoothing=0.0, precision="fp32"),
@@ -55,7 +55,7 @@ def small_images() -> Recipe:
         augment=AugmentConfig(
             crop_scale=(0.5, 1.0), color_jitter=0.2, auto_augment="", random_erasing=0.1, mixup=0.0, cutmix=0.0
         ),
-        model=ModelConfig(depths=(2, 2, 2), dims=(32, 64, 128), stem_patch=4, stem_stride=4, layer_scale_init=1.0),
+        model=ModelConfig(name="riformer_mini"),
         teacher=TeacherConfig(mixer="global_filter", epochs=20, lr=4e-3),
         distill=FULL,
         optim=OptimConfig(lr=4e-3, epochs=20, warmup_epochs=1, batch_size=128, label_smoothing=0.0),

@@ -1,5 +1,28 @@
 """One thread per test process: small models gain nothing from more, and lose much when the machine is shared."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from riformer.config import DataConfig
+from riformer.train.data import open_dataset
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A flat folder of class folders with 20 PNG files each: scans of the digits 0, 1 and 7, 12 pixels wide."""
+    images = open_dataset(DataConfig(name="digits"), seed=0).splits["train"]
+    root = tmp_path / "images"
+    for name, digit in (("one", 1), ("seven", 7), ("zero", 0)):
+        (root / name).mkdir(parents=True)
+        for i in [i for i, label in enumerate(images.labels) if label == digit][:20]:
+            images.read(i).resize((12, 12)).save(root / name / f"{images.names[i]}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -18,6 +18,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "riformer_s36": dict(depths=(6, 6, 18, 6), dims=(64, 128, 320, 512), layer_scale_init=1e-6),
     "riformer_m36": dict(depths=(6, 6, 18, 6), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
     "riformer_m48": dict(depths=(8, 8, 24, 8), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
+    # Not the paper's: for images of about 16 and 32 pixels. Shallow networks need no small layer scales.
+    "riformer_micro": dict(depths=(1, 1), dims=(24, 48), stem_patch=2, stem_stride=2, layer_scale_init=1.0),
+    "riformer_mini": dict(depths=(2, 2, 2), dims=(32, 64, 128), stem_patch=4, stem_stride=4, layer_scale_init=1.0),
 }
 
 # The authors' checkpoints (mmpretrain's model zoo), training form, 600 epochs: 224 px, and 30 more epochs at 384 px.
@@ -31,13 +34,12 @@ _ZOO_FILES = {
 }
 
 
-def _pretrained_cfg(name: str, file: str, img_size: int) -> dict:
+def _cfg(img_size: int, crop_pct: float, url: str = "") -> dict:
     return {
-        "url": _ZOO + file,
+        "url": url,
         "num_classes": 1000,
         "input_size": (3, img_size, img_size),
-        "pool_size": (img_size // 32, img_size // 32),
-        "crop_pct": 0.95 if "_m" in name else 0.9,
+        "crop_pct": crop_pct,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
@@ -49,8 +51,12 @@ def _pretrained_cfg(name: str, file: str, img_size: int) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.mmpretrain_in1k": _pretrained_cfg(name, files[0], 224) for name, files in _ZOO_FILES.items()}
-    | {f"{name}.mmpretrain_in1k_384": _pretrained_cfg(name, files[1], 384) for name, files in _ZOO_FILES.items()}
+    {
+        f"{name}.{tag}": _cfg(img_size, 0.95 if "_m" in name else 0.9, _ZOO + file)
+        for name, files in _ZOO_FILES.items()
+        for tag, img_size, file in zip(("mmpretrain_in1k", "mmpretrain_in1k_384"), (224, 384), files, strict=True)
+    }
+    | {"riformer_micro": _cfg(16, 1.0), "riformer_mini": _cfg(32, 1.0)}
 )
 
 
@@ -90,3 +96,13 @@ def riformer_m36(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
 @register_model
 def riformer_m48(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_m48", pretrained, **kwargs)
+
+
+@register_model
+def riformer_micro(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
+    return _create("riformer_micro", pretrained, **kwargs)
+
+
+@register_model
+def riformer_mini(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
+    return _create("riformer_mini", pretrained, **kwargs)

@@ -1,0 +1,48 @@
+# The only list of commands. `make quickstart` and `make test` set everything up in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs/quickstart
+
+.PHONY: help quickstart test ci lint format types resume-trials install clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+quickstart: install ## trains, compares, fuses, evaluates, predicts and reports on the built-in digits, in minutes
+	$(BIN)/riformer ladder --recipe quickstart --seeds [0,1,2] --jobs 2 --out $(RUNS)
+	$(BIN)/riformer fuse $(RUNS)/quickstart-seed0 $(RUNS)/riformer-digits.safetensors
+	$(BIN)/riformer predict $(RUNS)/riformer-digits.safetensors examples/digits --top-k 2
+	$(BIN)/riformer report $(RUNS)
+
+test: install ## all tests
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+ci: lint types test ## what a change must pass
+
+lint: install ## style, imports pointing one way, comparisons whose result is dropped
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	@! grep -nE '^\s*(torch|np|numpy)\.(allclose|equal|isclose|array_equal)\(' -r tests
+
+types: install ## static types
+	$(BIN)/mypy
+
+format: install ## rewrites the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+resume-trials: install ## kill -9 at random moments, 10 trials with one process and 10 with two
+	RESUME_TRIALS=10 $(BIN)/pytest tests/train/test_loop.py -k killed_at_random -v
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean: ## removes what was trained and cached, not .venv
+	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

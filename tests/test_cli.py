@@ -1,0 +1,226 @@
+"""The command line: one process for all tests, on a run trained once."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import riformer
+import riformer_cli
+from riformer import cli
+from riformer.recipes import RECIPES
+from riformer.train.run import Run
+
+SMALL = ["--optim.epochs=1", "--teacher.epochs=1", "--optim.warmup-epochs=0", "--optim.batch-size=500"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.run("train", ["--recipe", "quickstart", "--out", str(path), *SMALL]) == 0
+    return path
+
+
+def fails(capsys, verb: str, *arguments: str) -> str:
+    """The message with which a command refuses its input."""
+    assert cli.run(verb, list(arguments)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_train_leaves_a_whole_run_folder(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        *("recipe.json", "env.json", "data.json", "metrics.jsonl", "evaluation.json"),
+        *("best", "last", "last.previous", "teacher"),
+    } or names == {
+        *("recipe.json", "env.json", "data.json", "metrics.jsonl", "evaluation.json", "best", "last", "teacher"),
+    }
+    evaluation = Run(run).read("evaluation.json")
+    assert list(evaluation["models"]) == ["teacher", "student", "deploy"]
+    assert evaluation["models"]["student"]["top1"] == evaluation["models"]["deploy"]["top1"]
+    assert evaluation["models"]["deploy"]["params"] < evaluation["models"]["student"]["params"]
+    assert evaluation["fuse"]["max_rel"] < 1e-5
+    assert evaluation["split"] == "test"
+    assert sum(map(sum, evaluation["confusion"])) == evaluation["num_images"] == 500
+    assert len(evaluation["samples"]) == 30
+    assert evaluation["speed"]["ratio"]["low"] > 0
+
+
+def test_the_recorded_recipe_can_be_run_again(run, tmp_path):
+    assert cli.run("train", ["--config", str(run / "recipe.json"), "--out", str(tmp_path / "again")]) == 0
+    assert Run(tmp_path / "again").recipe() == Run(run).recipe()
+    first, second = (
+        [line["loss"] for line in Run(path).metrics() if line["kind"] == "step"] for path in (run, tmp_path / "again")
+    )
+    assert first == second
+    assert len(first) == 2
+
+
+def test_resume_takes_all_settings_from_the_run(run, capsys):
+    assert cli.run("train", ["--resume", str(run)]) == 0
+    capsys.readouterr()
+    assert "cannot be given with it" in fails(capsys, "train", "--resume", str(run), "--optim.lr", "1")
+    assert "is not a run folder" in fails(capsys, "train", "--resume", str(run / "best"))
+
+
+def test_overrides_take_dashes_or_underscores_and_refuse_what_does_not_exist(tmp_path, capsys):
+    for spelling in ("--data.on-bad", "--data.on_bad"):
+        _, base = cli._base_recipe([])
+        _, recipe = cli._parse_recipe(cli._recipe_parser(cli.train), base, [cli._underscored(spelling), "skip"])
+        assert recipe.data.on_bad == "skip"
+    with pytest.raises(SystemExit) as error:
+        cli.run("train", ["--optim.learning-rate", "1"])
+    assert error.value.code == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_a_recipe_that_contradicts_itself_is_refused_before_anything_is_written(tmp_path, capsys):
+    out = tmp_path / "run"
+    message = fails(capsys, "train", "--distill.logit-teacher=", "--out", str(out))
+    assert "soft_weight or hard_weight is set but distill.logit_teacher is empty" in message
+    assert not out.exists()
+
+
+def test_ladder_trains_each_rung_with_each_seed_side_by_side(tmp_path, capsys):
+    arguments = ["--rungs", '["labels","full"]', "--seeds", "[3,4]", "--jobs", "2", "--out", str(tmp_path), *SMALL]
+    assert cli.run("ladder", arguments) == 0
+    runs = sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith("quickstart"))
+    assert runs == [f"quickstart{rung}-seed{seed}" for rung in ("-labels", "") for seed in (3, 4)]
+    assert all((tmp_path / name / "evaluation.json").is_file() for name in runs)
+    assert Run(tmp_path / "quickstart-labels-seed4").recipe().distill.label_weight == 1
+    assert "quickstart-labels" in capsys.readouterr().out
+
+
+def test_eval_of_a_run_agrees_with_eval_of_its_model_on_the_same_data(run, capsys):
+    before = Run(run).read("evaluation.json")["models"]["student"]["top1"]
+    (run / "evaluation.json").unlink()
+    assert cli.run("eval", [str(run)]) == 0
+    assert Run(run).read("evaluation.json")["models"]["student"]["top1"] == before
+    capsys.readouterr()
+    assert cli.run("eval", [str(run / "best"), "--data.name", "digits"]) == 0
+    assert capsys.readouterr().out.count(f"{before:.2f}") == 2  # as saved, and fused
+
+
+def test_eval_refuses_classes_that_the_model_does_not_know(run, image_folder, capsys):
+    message = fails(capsys, "eval", str(run), "--data.name", f"folder:{image_folder}")
+    assert "does not know the classes ['one', 'seven', 'zero']" in message
+    assert "give --data.name" in fails(capsys, "eval", str(run / "best"))
+
+
+@pytest.mark.parametrize("form", ["file.safetensors", "folder"])
+def test_fuse_writes_an_equal_deploy_form_that_timm_reads(run, tmp_path, form, capsys):
+    assert cli.run("fuse", [str(run), str(tmp_path / form)]) == 0
+    assert "identity" in capsys.readouterr().out
+    student, fused = riformer.load(run), riformer.load(tmp_path / form)
+    images = torch.randn(2, 3, 16, 16)
+    assert_close(fused(images), student(images), atol=1e-4, rtol=1e-4)
+    assert fused.mixers == ["identity", "identity"]
+    assert fused.pretrained_cfg["label_names"] == student.pretrained_cfg["label_names"]
+    if form == "folder":
+        assert_close(timm.create_model(f"local-dir:{tmp_path / form}", pretrained=True).eval()(images), fused(images))
+    assert cli.run("fuse", [str(run), str(tmp_path / form), "--fold", "true"]) == 0
+    assert not any("layer_scale" in key for key in riformer.load(tmp_path / form).state_dict())
+
+
+def test_fuse_writes_nothing_when_the_check_fails(run, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        wrong = riformer.fuse(model)
+        torch.nn.init.normal_(wrong.stages[0].blocks[0].norm1.bias)
+        return wrong
+
+    monkeypatch.setattr(cli, "fuse", broken)
+    assert "nothing was written" in fails(capsys, "fuse", str(run), str(tmp_path / "wrong.safetensors"))
+    assert list(tmp_path.glob("wrong*")) == []
+
+
+def test_predict_prints_a_table_or_json_lines(run, image_folder, capsys):
+    images = sorted((image_folder / "seven").iterdir())[:2]
+    assert cli.run("predict", [str(run), *map(str, images)]) == 0
+    assert images[0].name in capsys.readouterr().out.replace("\n", "")
+    assert cli.run("predict", [str(run), str(image_folder), "--json", "--top-k", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["path"] for line in lines] == sorted(str(path) for path in image_folder.rglob("*.png"))
+    assert all(len(line["classes"]) == 3 for line in lines)
+    probabilities = [c["probability"] for c in lines[0]["classes"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_predict_reads_an_image_from_standard_input(run, image_folder, monkeypatch, capsys):
+    image = next(image_folder.rglob("*.png"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(image.read_bytes())))
+    assert cli.run("predict", [str(run), "-", "--json"]) == 0
+    from_pipe = json.loads(capsys.readouterr().out)
+    assert cli.run("predict", [str(run), str(image), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == from_pipe["classes"]
+
+
+def test_predict_names_unreadable_images_and_labels_the_others(run, image_folder, tmp_path, capsys):
+    (image_folder / "zero" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert cli.run("predict", [str(run), str(image_folder / "zero"), "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    errors = [line for line in lines if "error" in line]
+    assert len(lines) == 21
+    assert len(errors) == 1
+    assert "broken.png" in errors[0]["error"]
+    assert "no such file or folder" in fails(capsys, "predict", str(run), str(tmp_path / "absent.png"))
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in fails(capsys, "predict", str(run), str(tmp_path / "empty"))
+
+
+def test_convert_reads_a_foreign_checkpoint_and_refuses_a_wrong_one(tmp_path, capsys):
+    torch.save({"state_dict": timm.create_model("poolformer_s12", num_classes=7).state_dict()}, tmp_path / "pool.pth")
+    out = tmp_path / "pool.safetensors"
+    assert cli.run("convert", [str(tmp_path / "pool.pth"), str(out)]) == 0
+    assert "riformer_s12 pooling" in capsys.readouterr().out
+    assert len(load_file(out)["head.fc.bias"]) == 7
+    message = fails(capsys, "convert", str(tmp_path / "pool.pth"), str(tmp_path / "b"), "--model", "riformer_s24")
+    assert "stages.0.blocks.2.norm1.weight" in message
+    assert not (tmp_path / "b").exists()
+
+
+def test_report_writes_one_page(run, tmp_path, capsys):
+    assert cli.run("report", [str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "page.html" in capsys.readouterr().out
+    assert "quickstart" in (tmp_path / "page.html").read_text()
+    assert "run" in fails(capsys, "report", str(tmp_path))
+
+
+def test_list_names_every_entry_of_every_table(capsys):
+    assert cli.run("list", []) == 0
+    out = capsys.readouterr().out
+    for name in [*timm.list_models("riformer_*"), *cli.MIXERS, *RECIPES, *cli.RUNGS, *cli.DATASETS]:
+        assert name in out
+    assert cli.run("list", ["recipes"]) == 0
+    assert "riformer_s12" not in capsys.readouterr().out
+    assert "did you mean recipes?" in fails(capsys, "list", "recipe")
+
+
+@pytest.mark.parametrize("verb", riformer_cli.VERBS)
+def test_every_verb_explains_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.run(verb, ["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: riformer {verb}" in text
+    entries = text[text.index("options:") :].split("\n  -")
+    bare = [entry for entry in entries[1:] if len(entry.split("(type")[0].split()) < 3]
+    assert bare == []
+
+
+def test_an_unknown_verb_gets_a_near_miss(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["riformer", "trian"])
+    with pytest.raises(SystemExit, match="did you mean train"):
+        riformer_cli.main()
+
+
+def test_an_unknown_recipe_gets_a_near_miss(capsys):
+    assert "did you mean quickstart?" in fails(capsys, "train", "--recipe", "quikstart")

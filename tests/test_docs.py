@@ -1,0 +1,100 @@
+"""What the README promises runs as written; README, Makefile and docs name things that exist."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import riformer_cli
+from riformer.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_the_readme_has_the_blocks_that_these_tests_run():
+    assert len(PYTHON) == 2
+    assert [line.split("#")[0].strip() for line in SHELL[:2]] == ["make quickstart", "make test"]
+    assert len(SHELL) == 5
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=["python", "backbone"])
+def test_python_examples_run(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    comments = re.findall(r"print\(.*\)  # (.*)", code)
+    assert result.stdout.splitlines() == comments
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "ci"])
+def test_make_targets_exist_and_set_themselves_up(target):
+    plan = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in plan
+
+
+SMALL = "--optim.epochs 1 --teacher.epochs 1 --optim.warmup-epochs 0 --model.name riformer_micro"
+
+
+def shrunk(command: str, more: str = "") -> list[str]:
+    """The arguments of a command of the README or the Makefile, its trainings small enough for a test."""
+    arguments = shlex.split(command, comments=True)[1:]
+    return arguments + (f"{SMALL} {more}".split() if arguments[0] in ("train", "ladder") else [])
+
+
+def run_all(commands: list[list[str]], cwd: Path) -> None:
+    """Runs command lines of `riformer` one after the other in one process."""
+    code = "import sys\nfrom riformer import cli\n" + "".join(
+        f"assert cli.run({arguments[0]!r}, {arguments[1:]!r}) == 0, {arguments!r}\n" for arguments in commands
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_quickstart_of_the_makefile_runs(tmp_path):
+    recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    commands = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()]
+    assert [command.split()[1] for command in commands] == ["ladder", "fuse", "predict", "report"]
+    for name, value in (("$(RUNS)", "runs/quickstart"), ("[0,1,2]", "[0]"), ("examples/", f"{ROOT}/examples/")):
+        commands = [command.replace(name, value) for command in commands]
+    run_all([shrunk(command, "--optim.batch-size 500") for command in commands], tmp_path)
+    assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 50_000
+    assert (tmp_path / "runs/quickstart/riformer-digits.safetensors").is_file()
+
+
+def test_the_commands_for_own_images_run(tmp_path, image_folder):
+    (tmp_path / "more-photos").mkdir()
+    image = next(image_folder.rglob("*.png"))
+    shutil.copy(image, tmp_path / "holiday.jpg")
+    shutil.copy(image, tmp_path / "more-photos")
+    commands = [line.removeprefix(".venv/bin/").replace("folder:PATH", f"folder:{image_folder}") for line in SHELL[2:]]
+    more = "--data.img-size 16 --data.num-workers 0 --optim.batch-size 8"
+    run_all([shrunk(command, more) for command in commands], tmp_path)
+    assert (tmp_path / "runs/mine/report.html").is_file()
+
+
+def test_docs_name_files_verbs_and_recipes_that_exist():
+    text = README + (ROOT / "docs/paper-map.md").read_text()
+    named = set(re.findall(r"`((?:model|distill|train|deploy|study)/\w+\.py|recipes\.py)", text))
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / "riformer" / name).is_file()] == []
+    tests = set(re.findall(r"`(tests/[\w/]+\.py)", text))
+    assert len(tests) > 5
+    assert [name for name in tests if not (ROOT / name).is_file()] == []
+    assert set(re.findall(r"`?riformer (\w+)[ `]", "\n".join(SHELL))) <= set(riformer_cli.VERBS)
+    assert set(re.findall(r"--recipe ([\w-]+)", README + MAKEFILE)) <= set(RECIPES)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    local = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(local) >= 3
+    assert [link for link in local if not (ROOT / link).is_file()] == []

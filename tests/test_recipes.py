@@ -1,0 +1,90 @@
+"""Recipes and the checks on them."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+
+import riformer
+from riformer.config import DistillConfig, OptimConfig, Recipe, check, from_dict, to_dict
+from riformer.recipes import RECIPES, RUNGS, labels, labels_long, teacher_recipe
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_sound_round_trips_and_builds_on_the_meta_device(name, rung):
+    recipe = RUNGS[rung](RECIPES[name]())
+    for one in (recipe, teacher_recipe(recipe)):
+        check(one)
+        assert from_dict(json.loads(json.dumps(to_dict(one)))) == one
+        with torch.device("meta"):
+            model = timm.create_model(one.model.name, mixer=one.model.mixer, img_size=one.data.img_size, num_classes=7)
+        assert model.num_classes == 7
+    assert recipe.name.startswith(name)
+
+
+def test_a_teacher_differs_from_its_student_in_the_mixers_alone():
+    recipe = RECIPES["quickstart"]()
+    student, teacher = (
+        timm.create_model(r.model.name, mixer=r.model.mixer, img_size=r.data.img_size)
+        for r in (recipe, teacher_recipe(recipe))
+    )
+    riformer.start_from(student, teacher.state_dict())
+
+
+def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_long():
+    recipe = RECIPES["quickstart"]()
+    control, long = labels(recipe), labels_long(recipe)
+    assert dataclasses.replace(control, name=recipe.name, distill=recipe.distill) == recipe
+    assert long.optim.epochs == recipe.optim.epochs + recipe.teacher.epochs
+    assert control.distill == long.distill == DistillConfig()
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"label_weight": 0.0}, "every weight in distill is 0"),
+        ({"soft_weight": -1.0}, "soft_weight is -1.0; weights are 0 or more"),
+        ({"hard_weight": 1.0}, "logit_teacher is empty"),
+        ({"logit_teacher": "own"}, "soft_weight and hard_weight are 0"),
+        ({"block_weight": 1.0}, "module_teacher is empty"),
+        ({"start_from_teacher": True}, "module_teacher is empty"),
+        ({"module_teacher": "own"}, "nothing is taken from it"),
+        ({"schedule": "cosine"}, "the three imitation weights are 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"phase": 2.0}, "phase is 2.0"),
+        (
+            {"label_weight": 0.0, "mixer_weight": 1.0, "module_teacher": "own", "schedule": "first_phase"},
+            "nothing else would be learned after the phase",
+        ),
+    ],
+)
+def test_contradictions_in_distill_are_named(distill, message):
+    with pytest.raises(ValueError, match=message):
+        check(Recipe(distill=DistillConfig(**distill)))
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"epochs": 0}, "must be 1 or more"),
+        ({"batch_size": 10, "accumulation": 3}, "does not divide by accumulation 3"),
+        ({"batch_size": 6, "accumulation": 2}, "need even batches, not 3"),
+        ({"epochs": 5, "warmup_epochs": 5}, "leaves none of the 5 epochs"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+    ],
+)
+def test_contradictions_in_optim_are_named(optim, message):
+    with pytest.raises(ValueError, match=message):
+        check(Recipe(optim=OptimConfig(**optim)))
+
+
+def test_the_defaults_are_sound():
+    check(Recipe())
+
+
+def test_an_unknown_knob_in_a_file_is_named():
+    with pytest.raises(ValueError, match="OptimConfig has no 'learning_rate'"):
+        from_dict({"optim": {"learning_rate": 1}})
