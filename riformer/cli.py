@@ -18,7 +18,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.progress import track
+from rich.table import Column, Table
 
 from riformer.config import DataConfig, Recipe, from_dict
 from riformer.deploy.parity import compare
@@ -45,6 +46,7 @@ def run(verb: str, argv: list[str]) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     handler = RichHandler(console=errors, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("riformer").setLevel(logging.INFO)
     try:
         return VERBS[verb]([_underscored(argument) for argument in argv])
     except (ValueError, RuntimeError, OSError) as error:
@@ -166,8 +168,10 @@ def predict_verb(argv: list[str]) -> int:
     images = [sys.stdin.buffer] if options.images == ["-"] else list(find_images(options.images))
     predictions = predict(fuse(load(options.model)), images, options.top_k, options.batch_size)
     failed = False
-    table = Table("image", *[f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)])
-    for prediction in predictions:
+    headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
+    table = Table(Column("image", overflow="fold"), *headings)
+    quiet = options.json or not errors.is_terminal
+    for prediction in track(predictions, total=len(images), console=errors, transient=True, disable=quiet):
         failed |= bool(prediction.error)
         if options.json:
             print(json.dumps(_as_json(prediction)), flush=True)  # noqa: T201
@@ -323,7 +327,9 @@ def _print_runs(runs: list[Run]) -> None:
     for run in runs:
         if evaluation := run.read("evaluation.json"):
             by_recipe.setdefault(run.recipe().name, []).append(evaluation)
-    table = Table("recipe", "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD)
+    table = Table(
+        Column("recipe", overflow="fold"), "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD
+    )
     for name, evaluations in by_recipe.items():
         fused = [e["models"]["deploy"]["top1"] for e in evaluations]
         ratios = [e["speed"]["ratio"]["median"] for e in evaluations if "ratio" in e["speed"]]

@@ -34,11 +34,12 @@ _ZOO_FILES = {
 }
 
 
-def _cfg(img_size: int, crop_pct: float, url: str = "") -> dict:
+def _cfg(img_size: int, stride: int, crop_pct: float, url: str = "") -> dict:
     return {
         "url": url,
         "num_classes": 1000,
         "input_size": (3, img_size, img_size),
+        "pool_size": (img_size // stride, img_size // stride),
         "crop_pct": crop_pct,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
@@ -52,11 +53,11 @@ def _cfg(img_size: int, crop_pct: float, url: str = "") -> dict:
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.{tag}": _cfg(img_size, 0.95 if "_m" in name else 0.9, _ZOO + file)
+        f"{name}.{tag}": _cfg(img_size, 32, 0.95 if "_m" in name else 0.9, _ZOO + file)
         for name, files in _ZOO_FILES.items()
         for tag, img_size, file in zip(("mmpretrain_in1k", "mmpretrain_in1k_384"), (224, 384), files, strict=True)
     }
-    | {"riformer_micro": _cfg(16, 1.0), "riformer_mini": _cfg(32, 1.0)}
+    | {"riformer_micro": _cfg(16, 4, 1.0), "riformer_mini": _cfg(32, 16, 1.0)}
 )
 
 

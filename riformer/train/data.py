@@ -117,7 +117,7 @@ def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = 
     if record is not None:
         _check_same(dataset.record(), record)
     sizes = ", ".join(f"{len(images)} {split}" for split, images in dataset.splits.items())
-    logger.info("%s: %d classes, %s images", config.name, len(dataset.classes), sizes)
+    logger.debug("%s: %d classes, %s images", config.name, len(dataset.classes), sizes)
     return dataset
 
 
