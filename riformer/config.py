@@ -145,7 +145,8 @@ class OptimConfig:
     label_smoothing: float = 0.1
     """probability mass that the label term spreads over all classes"""
     ema_decay: float = 0.0
-    """decay of the moving average of the weights, which is then what is evaluated and kept; 0 for none"""
+    """decay of the moving average of the weights, reached gradually, which is then what is evaluated and kept; 0 for
+    none"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """fp32, or bf16 autocast"""
     compile: bool = False

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import Manager, get_context
+from multiprocessing import Queue, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty
 from typing import Any
 
 import torch
@@ -51,18 +51,31 @@ def run_ladder(
 
 
 def _train_side_by_side(todo: list[tuple[Recipe, Path]], progress: Progress, jobs: int) -> None:
-    """Each training in one of `jobs` processes with its share of the cores; their progress comes through a queue."""
+    """Each training in a process of its own, `jobs` at a time, with its share of the cores.
+
+    Their progress comes through a queue. A training that fails ends quietly, unfinished: trying it again says why.
+    """
+    spawn = get_context("spawn")
+    lines = spawn.Queue()
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with Manager() as manager, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        lines: Queue = manager.Queue()
-        futures = [pool.submit(_train_one, recipe, path, lines, threads) for recipe, path in todo]
-        while not (all(future.done() for future in futures) and lines.empty()):
+    waiting = list(todo)
+    running: list[BaseProcess] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(spawn.Process(target=_train_one, args=(*waiting.pop(0), lines, threads)))
+                running[-1].start()
             with suppress(Empty):
                 progress(lines.get(timeout=0.1))
-        for future in futures:
-            future.result()
+            if lines.empty():
+                running = [process for process in running if process.is_alive()]
+    finally:
+        for process in running:
+            process.terminate()  # it saves its state and ends
+            process.join()
 
 
 def _train_one(recipe: Recipe, path: Path, lines: Queue, threads: int) -> None:
     torch.set_num_threads(threads)
-    train(recipe, path, lines.put)
+    with suppress(KeyboardInterrupt, ValueError, RuntimeError, OSError):
+        train(recipe, path, lines.put)

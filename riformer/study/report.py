@@ -265,7 +265,9 @@ def _collect(runs: Iterable[Run], part: str, *keys: str) -> list[Any]:
 
 def _device(record: dict[str, Any]) -> str:
     threads = record.get("num_threads")
-    return str(record.get("device", "unknown device")) + (f" ({threads} threads)" if threads else "")
+    return str(record.get("device", "unknown device")) + (
+        f" ({threads} thread{'s' * (threads != 1)})" if threads else ""
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -387,4 +387,5 @@ def _load(parts: Any, keys: list, num_workers: int) -> DataLoader:
         num_workers=min(num_workers, len(keys)),
         collate_fn=tuple,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
