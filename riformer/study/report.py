@@ -36,7 +36,7 @@ ELSEWHERE = ("data.root", "data.num_workers")  # settings that may differ betwee
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """What one run folder holds, as far as the run has got; what is missing is empty."""
 
     path: Path
@@ -47,7 +47,7 @@ class Run:
     steps: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
     num_broken_lines: int
-    teacher: "Run | None"
+    teacher: "RunRecord | None"
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Group:
     """The runs of one recipe, which differ in nothing but their seeds."""
 
     label: str
-    runs: list[Run]
+    runs: list[RunRecord]
     color: str = ACCENT
 
     @property
@@ -134,7 +134,7 @@ def write_report(runs: Sequence[Path], destination: Path) -> Path:
     return Path(destination)
 
 
-def _find(paths: Iterable[Path]) -> list[Run]:
+def _find(paths: Iterable[Path]) -> list[RunRecord]:
     folders: dict[Path, Path] = {}
     for path in paths:
         inside = {}
@@ -151,7 +151,7 @@ def _find(paths: Iterable[Path]) -> list[Run]:
     return [_read_run(folder) for folder in folders.values()]
 
 
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path) -> RunRecord:
     records: dict[str, dict[int, Any]] = {"step": {}, "epoch": {}}
     num_broken = 0
     metrics = path / "metrics.jsonl"
@@ -164,7 +164,7 @@ def _read_run(path: Path) -> Run:
     steps, epochs = ([found[k] for k in sorted(found)] for found in records.values())
     teacher = _read_run(path / "teacher") if (path / "teacher" / "recipe.json").is_file() else None
     parts: dict[str, Any] = {n: _read_json(path / f"{n}.json") for n in ("recipe", "env", "data", "evaluation")}
-    return Run(path, steps=steps, epochs=epochs, num_broken_lines=num_broken, teacher=teacher, **parts)
+    return RunRecord(path, steps=steps, epochs=epochs, num_broken_lines=num_broken, teacher=teacher, **parts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,9 +174,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _groups(runs: list[Run]) -> list[Group]:
+def _groups(runs: list[RunRecord]) -> list[Group]:
     """Runs by recipe: the first distilled one in front, then the others as given."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[RunRecord]] = {}
     for run in runs:
         what = {k: v for k, v in run.settings.items() if k != "seed" and k not in ELSEWHERE}
         found.setdefault(json.dumps(what, sort_keys=True), []).append(run)
@@ -212,7 +212,7 @@ def _compare(left: Group, right: Group) -> dict[str, Any]:
     return dict(n=len(values), pairs=pairs, luck=2 ** (len(values) - 1), **signs, **ends)
 
 
-def _spread(runs: list[Run], *keys: str) -> dict[str, float] | None:
+def _spread(runs: list[RunRecord], *keys: str) -> dict[str, float] | None:
     """Median of the runs' medians between the lowest low and highest high, of runs timed on the first one's device."""
     timed = [(run.device, value) for run in runs for value in _collect([run], "evaluation", *keys)]
     same = [value for device, value in timed if device == timed[0][0] and value.get("median")]
@@ -239,7 +239,7 @@ def _settings(groups: list[Group]) -> list[tuple[str, Any, list[Any]]]:
     return [row for row in rows if row[0] not in ("name", "seed") and any(value != row[1] for value in row[2])]
 
 
-def _provenance(runs: Sequence[Run], source: str = "evaluation") -> str:
+def _provenance(runs: Sequence[RunRecord], source: str = "evaluation") -> str:
     """Seeds, devices, versions and dates behind a number, in one line."""
     records = [(run.evaluation if source == "evaluation" else {}) or run.env for run in runs]
     found = {
@@ -252,7 +252,7 @@ def _provenance(runs: Sequence[Run], source: str = "evaluation") -> str:
     return " · ".join(f"{name} {', '.join(values)}".strip() for name, values in known.items() if values)
 
 
-def _collect(runs: Iterable[Run], part: str, *keys: str) -> list[Any]:
+def _collect(runs: Iterable[RunRecord], part: str, *keys: str) -> list[Any]:
     """The value at `keys` in the given part of each run, for the runs that have one."""
     found = []
     for run in runs:

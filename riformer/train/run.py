@@ -39,14 +39,20 @@ class Run:
     def begin(self, recipe: Recipe, world_size: int) -> None:
         """Writes the recipe and the environment into a new folder, or checks that an existing run has this recipe.
 
+        A run that has not come as far as training anything makes way for one of another recipe.
+
         Raises:
             ValueError: the folder holds other files, or a run of another recipe; the message names the differences.
         """
-        file = self.path / "recipe.json"
-        if file.exists():
-            if differences := _differences(to_dict(self.recipe()), to_dict(recipe)):
+        if (self.path / "recipe.json").exists():
+            differences = _differences(to_dict(self.recipe()), to_dict(recipe))
+            trained = any((self.path / state).exists() for state in ("last", "last.previous", "teacher"))
+            if differences and trained:
                 listed = "\n  ".join(differences)
                 raise ValueError(f"{self.path} holds a run of another recipe; choose another --out:\n  {listed}")
+            if differences:
+                (self.path / "data.json").unlink(missing_ok=True)
+                self.write("recipe.json", to_dict(recipe))
         elif self.path.is_dir() and os.listdir(self.path):
             raise ValueError(f"{self.path} is not empty and not a run folder; choose another --out")
         else:

@@ -182,7 +182,8 @@ def test_the_seed_decides_everything(tmp_path):
 
 
 def test_a_run_learns(tmp_path):
-    train(plain(epochs=15, batch_size=100), tmp_path)
+    light = AugmentConfig((0.7, 1.0), hflip=0, color_jitter=0, auto_augment="", random_erasing=0, mixup=0, cutmix=0)
+    train(dataclasses.replace(plain(epochs=15, batch_size=50), augment=light), tmp_path)
     epochs = [line for line in lines(tmp_path) if line["kind"] == "epoch"]
     assert epochs[-1]["val_top1"] > 30  # of ten classes
     assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
@@ -220,6 +221,16 @@ def test_another_recipe_in_the_same_folder_is_refused_by_the_name_of_the_differe
     other = dataclasses.replace(tiny(), optim=dataclasses.replace(tiny().optim, lr=0.5))
     with pytest.raises(ValueError, match=r"another recipe.*\n  optim\.lr: 0\.01 there, 0\.5 now"):
         train(other, whole[1])
+
+
+def test_a_run_that_never_trained_makes_way_for_another_recipe(tmp_path):
+    wrong = dataclasses.replace(plain(), data=dataclasses.replace(plain().data, name="digist"))
+    with pytest.raises(ValueError, match="digist"):
+        train(wrong, tmp_path)
+    with pytest.raises(ValueError, match="is more than the 1000 training images"):
+        train(plain(batch_size=2000), tmp_path)
+    train(plain(), tmp_path)
+    assert Run(tmp_path).recipe() == plain()
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
