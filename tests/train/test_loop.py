@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import riformer
 from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
+from riformer.train import loop
 from riformer.train.loop import train
 from riformer.train.run import Run
 
@@ -187,6 +188,113 @@ def test_a_run_learns(tmp_path):
     epochs = [line for line in lines(tmp_path) if line["kind"] == "epoch"]
     assert epochs[-1]["val_top1"] > 30  # of ten classes
     assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Trains a recipe for an epoch and returns its weights; recipes may name the teacher folder given beside it."""
+    root = tmp_path_factory.mktemp("learned")
+    pooling = dataclasses.replace(plain(), model=dataclasses.replace(plain().model, mixer="pooling"))
+    train(dataclasses.replace(pooling, seed=7), root / "teacher")
+    known = {}
+
+    def weights(recipe: Recipe) -> torch.Tensor:
+        if recipe not in known:
+            train(recipe, root / str(len(known)))
+            state = Run(root / str(len(known))).load_state()
+            known[recipe] = torch.cat([tensor.flatten() for tensor in state["model"].values()])
+        return known[recipe]
+
+    return weights, str(root / "teacher")
+
+
+def changed(recipe: Recipe, section: str, **knobs) -> Recipe:
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **knobs)})
+
+
+@pytest.mark.parametrize(
+    ("section", "knob", "value"),
+    [
+        ("optim", "name", "sgd"),
+        ("optim", "lr", 5e-3),
+        ("optim", "weight_decay", 5.0),
+        ("optim", "warmup_epochs", 0.8),
+        ("optim", "min_lr", 5e-3),
+        ("optim", "clip_grad", 1e-3),
+        ("optim", "label_smoothing", 0.5),
+        ("optim", "precision", "bf16"),
+        ("model", "drop_path_rate", 0.5),
+        ("model", "layer_scale_init", 0.5),
+        ("model", "mixer", "identity"),
+        ("augment", "mixup", 0.8),
+        ("augment", "random_erasing", 1.0),
+        ("augment", "auto_augment", ""),
+    ],
+)
+def test_each_knob_of_a_training_changes_what_is_learned(learned, section, knob, value):
+    weights, _ = learned
+    base, other = weights(plain()), weights(changed(plain(), section, **{knob: value}))
+    assert base.shape != other.shape or (base - other).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"label_weight": 0.0},
+        {"hard_weight": 1.0},
+        {"soft_weight": 0.0, "hard_weight": 1.0},
+        {"block_weight": 0.0},
+        {"mixer_weight": 0.0},
+        {"relation_weight": 0.0},
+        {"temperature": 3.0},
+        {"start_from_teacher": True},
+        {"positions": ("stages.0.blocks.0",)},
+        {"block_match": "raw"},
+        {"relation_tokens": 4},
+        {"schedule": "cosine"},
+        {"schedule": "first_phase"},
+        {"schedule": "first_phase", "phase": 0.9},
+    ],
+    ids=str,
+)
+def test_each_knob_of_distillation_changes_what_is_learned(learned, knobs):
+    weights, teacher = learned
+    terms = dict.fromkeys(("soft_weight", "block_weight", "mixer_weight", "relation_weight"), 1.0)
+    recipe = changed(plain(), "distill", logit_teacher=teacher, module_teacher=teacher, **terms)
+    if "phase" in knobs:
+        recipe = changed(recipe, "distill", schedule="first_phase")
+    base, other = weights(recipe), weights(changed(recipe, "distill", **knobs))
+    assert (base - other).abs().max() > 1e-6
+
+
+def test_the_learning_rate_warms_up_and_follows_the_cosine_down(tmp_path):
+    train(plain(epochs=4, warmup_epochs=1, min_lr=1e-4), tmp_path)
+    rates = [line["lr"] for line in lines(tmp_path) if line["kind"] == "step"]
+    assert rates[:STEPS] == sorted(rates[:STEPS])
+    assert rates[STEPS:] == sorted(rates[STEPS:], reverse=True)
+    assert max(rates) == rates[STEPS] == pytest.approx(1e-2)
+    assert rates[-1] < 5e-4
+
+
+def test_with_a_moving_average_that_is_what_is_kept(whole, tmp_path):
+    train(plain(ema_decay=0.9), tmp_path)
+    state, kept = Run(tmp_path).load_state(), riformer.load(tmp_path).state_dict()
+    assert_close(kept, state["ema"], atol=0, rtol=0)
+    assert (kept["stem.conv.weight"] - state["model"]["stem.conv.weight"]).abs().max() > 1e-5
+
+
+def test_best_is_the_best_epoch_and_not_the_last(tmp_path, monkeypatch):
+    accuracies = iter((30.0, 50.0, 40.0))
+    real = loop.evaluate
+
+    def pretended(*args):
+        return dataclasses.replace(real(*args), top1=next(accuracies))
+
+    kept = []
+    monkeypatch.setattr(loop, "evaluate", pretended)
+    monkeypatch.setattr(loop, "save", lambda model, path: kept.append(path))
+    train(plain(epochs=3), tmp_path)
+    assert len(kept) == 2
 
 
 def test_a_run_folder_holds_the_best_model_with_its_classes_and_preprocessing(whole):
