@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside, flushed to disk, then renamed."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,8 +38,9 @@ def replace_folder(path: str | Path, keep_previous: bool = False) -> Iterator[Pa
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside

@@ -1,7 +1,9 @@
 """`riformer VERB ...`: one short function a verb, each around one library function."""
 
+import io
 import json
 import logging
+import os
 import sys
 from argparse import ArgumentParser as PlainParser
 from argparse import Namespace
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import track
 from rich.table import Column, Table
+from torch import nn
 
 from riformer.config import DataConfig, Recipe, from_dict
 from riformer.deploy.parity import compare
@@ -82,6 +85,8 @@ def ladder(argv: list[str]) -> int:
     A rung changes one thing in the recipe, such as learning from labels alone; overrides apply to all rungs. The same
     command, given again, goes on where it stopped.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a ladder runs in one process; give each of its trainings to torchrun by itself")
     _, base = _base_recipe(argv)
     parser = _recipe_parser(ladder)
     parser.add_argument("--rungs", type=list[str], default=list(RUNGS), help="what to compare, see `riformer list`")
@@ -89,6 +94,8 @@ def ladder(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
     options, recipe = _parse_recipe(parser, base, argv)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError(f"--seeds {options.seeds} has a seed twice")
     rungs = [RUNGS[_known(name, RUNGS, "rung")](recipe) for name in options.rungs]
     with TrainProgress(_main_console()) as progress:
         folder = Path(options.out or f"runs/{recipe.name}")
@@ -106,20 +113,29 @@ def evaluate(argv: list[str]) -> int:
     parser = _parser(evaluate)
     parser.add_argument("model", type=str, help="run folder, model folder or weights file")
     parser.add_argument("--split", type=str, default="", help="train, val or test (default: test where there is one)")
-    parser.add_argument("--data", type=DataConfig, default=DataConfig(name=""), help="data to evaluate on")
-    options = parser.instantiate(parser.parse_args(argv))
-    path = Path(options.model)
-    if not options.data.name and not options.split and (path / "recipe.json").is_file():
-        evaluate_run(path)
-        _print_runs([Run(path)])
-        return 0
-    if not options.data.name:
-        if not (path / "recipe.json").is_file():
-            raise ValueError(f"{path} is not a run folder, so it names no data: give --data.name")
-        options.data = Run(path).recipe().data
-    model = load(path)
-    table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {options.data.name}")
-    for form, result in evaluate_model(model, options.data, options.split).items():
+    for name in ("name", "root", "val_fraction", "on_bad", "num_workers"):
+        default = "" if name == "name" else getattr(DataConfig(), name)
+        parser.add_argument(f"--data.{name}", type=get_type_hints(DataConfig)[name], default=default, help="see train")
+    options = parser.parse_args(argv)
+    path, run = Path(options.model), Run(options.model)
+    is_run = (path / "recipe.json").is_file()
+    if is_run and not options.data.name:
+        if ignored := [argument for argument in argv if argument.startswith("--data.")]:
+            raise ValueError(
+                f"{path} is evaluated on its own data, which {' '.join(ignored)} would change; add --data.name"
+            )
+        if not options.split:
+            evaluate_run(path)
+            _print_runs([run])
+            return 0
+        recipe = run.recipe()
+        data, origin = recipe.data, {"seed": recipe.seed, "record": run.read("data.json")}
+    elif options.data.name:
+        data, origin = DataConfig(**vars(options.data)), {}
+    else:
+        raise ValueError(f"{path} is not a run folder, so it names no data: give --data.name")
+    table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {data.name}")
+    for form, result in evaluate_model(_load(path), data, options.split, **origin).items():
         table.add_row(form, f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", str(result.num_images))
     console.print(table)
     return 0
@@ -133,13 +149,15 @@ def fuse_verb(argv: list[str]) -> int:
     parser = _parser(fuse_verb)
     parser.add_argument("source", type=str, help="run folder, model folder or weights file")
     parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
-    parser.add_argument("--fold", type=bool, default=False, help="also fold the layer scales into norms and MLPs")
+    parser.add_argument("--fold", action="store_true", help="also fold the layer scales into norms and MLPs")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(argv)
     model = load(options.source)
     fused = fold(model) if options.fold else fuse(model)
+    if mixing := set(fused.mixers) - {"identity"}:
+        raise ValueError(f"{options.source} mixes tokens ({', '.join(mixing)}), which nothing can merge away")
     images = torch.randn(8, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
-    parity = compare(model, fused, [images])
+    parity = compare(model, fused, [images.to(next(model.parameters()))])
     if parity.max_rel > options.tolerance:
         raise RuntimeError(f"the fused model differs by {parity.max_rel:.2g} of the largest logit; nothing was written")
     save(fused, options.destination)
@@ -165,8 +183,9 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
     parser.add_argument("--batch_size", type=int, default=32, help="images computed at once")
     options = parser.parse_args(argv)
-    images = [sys.stdin.buffer] if options.images == ["-"] else list(find_images(options.images))
-    predictions = predict(fuse(load(options.model)), images, options.top_k, options.batch_size)
+    piped = options.images == ["-"]
+    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
+    predictions = predict(fuse(_load(options.model)), images, options.top_k, options.batch_size)
     failed = False
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
     table = Table(Column("image", overflow="fold"), *headings)
@@ -192,7 +211,8 @@ def convert_verb(argv: list[str]) -> int:
     parser = _parser(convert_verb)
     parser.add_argument("source", type=str, help="checkpoint file, .pth or .safetensors")
     parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
-    parser.add_argument("--model", type=str, help="architecture that it must be (default: told from its shapes)")
+    model_help = "what it must be, such as riformer_s12.mmpretrain_in1k_384 (default: told from its shapes, at 224 px)"
+    parser.add_argument("--model", type=str, help=model_help)
     options = parser.parse_args(argv)
     written = convert(options.source, options.destination, options.model)
     model = load(written)
@@ -267,10 +287,13 @@ def _recipe_parser(verb: Callable) -> ArgumentParser:
 def _base_recipe(argv: list[str]) -> tuple[Namespace, Recipe]:
     """The recipe that --recipe, --config or --resume name, read before the other options, whose defaults it gives."""
     start = PlainParser(add_help=False, allow_abbrev=False)
-    start.add_argument("--recipe", default="quickstart")
+    start.add_argument("--recipe")
     start.add_argument("--config")
     start.add_argument("--resume")
     given, others = start.parse_known_args(argv)
+    sources = [f"--{name}" for name, value in vars(given).items() if value]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(sources)} each say where all settings come from; give one of them")
     if given.resume:
         if others and not {"-h", "--help"} & set(others):
             raise ValueError(f"--resume takes every setting from the run; {' '.join(others)} cannot be given with it")
@@ -280,7 +303,7 @@ def _base_recipe(argv: list[str]) -> tuple[Namespace, Recipe]:
             return given, from_dict(json.loads(Path(given.config).read_text()))
         except json.JSONDecodeError as error:
             raise ValueError(f"--config {given.config} is not JSON: {error}") from error
-    return given, RECIPES[_known(given.recipe, RECIPES, "recipe")]()
+    return given, RECIPES[_known(given.recipe or "quickstart", RECIPES, "recipe")]()
 
 
 def _parse_recipe(parser: ArgumentParser, base: Recipe, argv: list[str]) -> tuple[Any, Recipe]:
@@ -292,6 +315,11 @@ def _parse_recipe(parser: ArgumentParser, base: Recipe, argv: list[str]) -> tupl
         parser.add_argument(f"--{field.name}", type=kind, default=default, help=helps.get(field.name))
     options = parser.instantiate(parser.parse_args(argv))
     return options, Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+
+
+def _load(path: str | Path) -> nn.Module:
+    """The model, in float32 and where it runs fastest."""
+    return load(path).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
 def _known(name: str, table: Any, kind: str) -> str:
@@ -327,9 +355,7 @@ def _print_runs(runs: list[Run]) -> None:
     for run in runs:
         if evaluation := run.read("evaluation.json"):
             by_recipe.setdefault(run.recipe().name, []).append(evaluation)
-    table = Table(
-        Column("recipe", overflow="fold"), "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD
-    )
+    table = Table(Column("recipe", no_wrap=True), "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD)
     for name, evaluations in by_recipe.items():
         fused = [e["models"]["deploy"]["top1"] for e in evaluations]
         ratios = [e["speed"]["ratio"]["median"] for e in evaluations if "ratio" in e["speed"]]
@@ -338,7 +364,7 @@ def _print_runs(runs: list[Run]) -> None:
             _mean(e["models"]["teacher"]["top1"] for e in evaluations if "teacher" in e["models"]),
             _mean(e["models"]["student"]["top1"] for e in evaluations),
             _mean(fused),
-            ", ".join(f"{value:.1f}" for value in fused),
+            " ".join(f"{value:.1f}" for value in fused),
             f"{_mean(ratios)} x" if ratios else "",
         )
     printed = _main_console()

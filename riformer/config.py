@@ -62,9 +62,9 @@ class ModelConfig:
     dims: tuple[int, ...] | None = None
     """channels in each stage; null keeps the name's own"""
     stem_patch: int | None = None
-    """kernel of the first convolution, pixels; null keeps 7"""
+    """kernel of the first convolution, pixels; null keeps the name's own"""
     stem_stride: int | None = None
-    """stride of the first convolution, pixels; null keeps 4"""
+    """stride of the first convolution, pixels; null keeps the name's own"""
     layer_scale_init: float | None = None
     """first value of the layer scales; null keeps the name's own"""
     drop_path_rate: float = 0.0
@@ -189,6 +189,9 @@ def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
         if f.name in values:
             value = values[f.name]
             kind = known[f.name]
+            plain = {float: (int, float), int: int, str: str, bool: bool}.get(kind)
+            if plain and (not isinstance(value, plain) or isinstance(value, bool) != (kind is bool)):
+                raise ValueError(f"{cls.__name__}.{f.name} is {value!r}; it must be of type {kind.__name__}")
             nested = is_dataclass(kind) and isinstance(value, dict)
             built[f.name] = from_dict(value, kind) if nested else tuple(value) if isinstance(value, list) else value
     return cls(**built)
@@ -200,40 +203,69 @@ def check(recipe: Recipe) -> None:
     Raises:
         ValueError: names the settings, their values and what is allowed.
     """
-    distill, optim, augment = recipe.distill, recipe.optim, recipe.augment
+    data, augment, distill, optim = recipe.data, recipe.augment, recipe.distill, recipe.optim
     weights = {f.name: getattr(distill, f.name) for f in fields(distill) if f.name.endswith("_weight")}
-    imitation = {name: weights[name] for name in ("block_weight", "mixer_weight", "relation_weight")}
-    problems = [f"distill.{name} is {value}; weights are 0 or more" for name, value in weights.items() if value < 0]
+    logits = distill.label_weight + distill.soft_weight + distill.hard_weight
+    imitation = distill.block_weight + distill.mixer_weight + distill.relation_weight
+    problems = []
+
+    def refuse(section: Any, name: str, when: bool, why: str) -> None:
+        if when:
+            place = next(f.name for f in fields(recipe) if getattr(recipe, f.name) is section)
+            problems.append(f"{place}.{name} is {getattr(section, name)!r}, but {why}")
+
+    # ranges, as (lowest, highest) of what is allowed
+    inf = float("inf")
+    share, positive, count, any_count = (0.0, 1.0), (1e-30, inf), (1, inf), (0, inf)
+    for section, ranges in (
+        (
+            data,
+            {"img_size": count, "crop_pct": (1e-6, 1.0), "val_fraction": (1e-6, 1 - 1e-6), "num_workers": any_count},
+        ),
+        (augment, {"hflip": share, "color_jitter": any_count, "random_erasing": share}),
+        (augment, {"mixup": any_count, "cutmix": any_count}),
+        (recipe.model, {"drop_path_rate": (0.0, 1 - 1e-6)}),
+        (recipe.teacher, {"epochs": count, "lr": positive}),
+        (distill, {**dict.fromkeys(weights, any_count), "temperature": positive}),
+        (distill, {"relation_tokens": count, "phase": (1e-6, 1.0)}),
+        (optim, {"lr": positive, "min_lr": (0, optim.lr), "weight_decay": any_count, "epochs": count}),
+        (optim, {"warmup_epochs": any_count, "batch_size": count, "accumulation": count, "clip_grad": any_count}),
+        (optim, {"label_smoothing": (0.0, 1 - 1e-6), "ema_decay": (0.0, 1 - 1e-6)}),
+    ):
+        for name, (low, high) in ranges.items():
+            inside = low <= getattr(section, name) <= high
+            refuse(section, name, not inside, f"must lie in {low:g} to {high:g}")
+
+    # terms and their teachers
     if not any(weights.values()):
         problems.append("every weight in distill is 0: nothing would be learned")
-    if (distill.soft_weight or distill.hard_weight) and not distill.logit_teacher:
-        problems.append("distill.soft_weight or hard_weight is set but distill.logit_teacher is empty")
-    if distill.logit_teacher and not (distill.soft_weight or distill.hard_weight):
-        problems.append(f"distill.logit_teacher is {distill.logit_teacher!r} but soft_weight and hard_weight are 0")
-    uses_modules = any(imitation.values()) or distill.start_from_teacher
-    if uses_modules and not distill.module_teacher:
-        problems.append("imitation weights or start_from_teacher are set but distill.module_teacher is empty")
-    if distill.module_teacher and not uses_modules:
-        problems.append(f"distill.module_teacher is {distill.module_teacher!r} but nothing is taken from it")
-    if distill.schedule != "constant" and not any(imitation.values()):
-        problems.append(f"distill.schedule is {distill.schedule!r} but the three imitation weights are 0")
-    if distill.schedule == "first_phase" and not (distill.label_weight or distill.soft_weight or distill.hard_weight):
-        problems.append("distill.schedule is 'first_phase' but nothing else would be learned after the phase")
-    if distill.temperature <= 0:
-        problems.append(f"distill.temperature is {distill.temperature}; it must be above 0")
-    if not 0 < distill.phase <= 1:
-        problems.append(f"distill.phase is {distill.phase}; it must lie in 0..1")
-    if not 0 < recipe.data.val_fraction < 1:
-        problems.append(f"data.val_fraction is {recipe.data.val_fraction}; it must lie between 0 and 1")
-    if optim.epochs < 1 or optim.batch_size < 1 or optim.accumulation < 1:
-        problems.append("optim.epochs, optim.batch_size and optim.accumulation must be 1 or more")
-    elif optim.batch_size % optim.accumulation:
+    elif not logits:
+        problems.append("label, soft and hard weight in distill are 0: the classifier would learn nothing")
+    asks = distill.soft_weight or distill.hard_weight
+    refuse(distill, "logit_teacher", bool(asks) and not distill.logit_teacher, "soft_weight or hard_weight needs one")
+    refuse(distill, "logit_teacher", bool(distill.logit_teacher) and not asks, "soft_weight and hard_weight are 0")
+    takes = imitation or distill.start_from_teacher
+    refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
+    refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
+
+    # settings that would have no effect
+    def idle(section: Any, name: str, unless: object, why: str) -> None:
+        changed = getattr(section, name) != getattr(type(section)(), name)
+        refuse(section, name, changed and not unless, f"has no effect: {why}")
+
+    idle(distill, "temperature", distill.soft_weight, "soft_weight is 0")
+    idle(distill, "block_match", distill.block_weight, "block_weight is 0")
+    idle(distill, "relation_tokens", distill.relation_weight, "relation_weight is 0")
+    idle(distill, "positions", imitation, "the imitation weights are 0")
+    idle(distill, "schedule", imitation, "the imitation weights are 0")
+    idle(distill, "phase", distill.schedule == "first_phase", "schedule is not first_phase")
+    idle(data, "root", data.name == "fashion-mnist", "only fashion-mnist has one")
+
+    # what must agree
+    if optim.batch_size % max(1, optim.accumulation):
         problems.append(f"optim.batch_size {optim.batch_size} does not divide by accumulation {optim.accumulation}")
     elif (augment.mixup or augment.cutmix) and optim.batch_size // optim.accumulation % 2:
         problems.append(f"mixup and cutmix need even batches, not {optim.batch_size // optim.accumulation}")
-    if optim.warmup_epochs >= optim.epochs:
-        problems.append(f"optim.warmup_epochs {optim.warmup_epochs} leaves none of the {optim.epochs} epochs")
-    if not 0 <= optim.ema_decay < 1:
-        problems.append(f"optim.ema_decay is {optim.ema_decay}; it must lie in 0..1")
+    refuse(optim, "warmup_epochs", optim.warmup_epochs >= optim.epochs, f"must be below the {optim.epochs} epochs")
     if problems:
         raise ValueError(f"recipe {recipe.name!r}:\n  " + "\n  ".join(problems))

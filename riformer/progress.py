@@ -51,6 +51,8 @@ class TrainProgress:
 
     def __call__(self, line: dict[str, Any]) -> None:
         if line["kind"] == "start":
+            if line["run"] in self.trainings:
+                return
             task = self.bars.add_task(line["run"], total=line["num_steps"], completed=line["step"], numbers="")
             self.trainings[line["run"]] = _Training(line["run"], task)
             if 0 < line["step"] < line["num_steps"]:

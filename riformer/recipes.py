@@ -11,7 +11,7 @@ from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfi
 
 LABELS = DistillConfig()
 # The paper's paradigm: soft labels without ground truth, the teacher's weights, imitation. One network in both teacher
-# roles. Choice: equal weights of the terms, imitation fading out; docs/paper-map.md has what was tried.
+# roles. Choice: equal weights of the terms, and imitation fading out, because the paper gives no values.
 FULL = DistillConfig(
     logit_teacher="own",
     module_teacher="own",

@@ -1,15 +1,10 @@
 """The house as ARCHITECTURE.md draws it, and what importing it costs."""
 
-import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
-
-from riformer.config import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,32 +28,14 @@ def test_the_tree_in_architecture_md_equals_the_files():
     assert drawn_files() == (files - packages) | {"riformer_cli.py"}
 
 
-def test_every_knob_is_read_somewhere():
-    code = "".join(
-        p.read_text() for p in (ROOT / "riformer").rglob("*.py") if p.name not in ("config.py", "recipes.py")
-    )
-    sections = [kind for kind in get_type_hints(Recipe).values() if is_dataclass(kind)]
-    knobs = [field.name for section in sections for field in fields(section)]
-    assert len(knobs) > 40
-    unread = [name for name in knobs if not re.search(rf"\.{name}\b", code) and not read_by_its_name(name, code)]
-    assert unread == []
-
-
-def read_by_its_name(name: str, code: str) -> bool:
-    """Weights and sizes are read with getattr, by names that stand in a tuple."""
-    return f'"{name.removesuffix("_weight")}"' in code
-
-
 def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_importing_is_silent_and_costs_little_more_than_timm():
-    """A generous bound: how long it takes is for benchmarks to say, that nothing heavy is imported is for this test."""
-    seconds = "import time, timm, torch; t = time.perf_counter(); import riformer; print(time.perf_counter() - t)"
-    result = subprocess.run([sys.executable, "-c", seconds], capture_output=True, text=True, check=True)
-    assert result.stderr == ""
-    assert float(result.stdout) < 1.0
+    """That nothing is printed and nothing heavy imported; seconds are not for a test."""
+    result = subprocess.run([sys.executable, "-c", "import riformer"], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
     loaded = python(
         "import timm, torch, sys; b = set(sys.modules); import riformer; print(*(set(sys.modules) - b))"
     ).stdout

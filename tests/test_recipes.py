@@ -46,19 +46,22 @@ def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_lon
     ("distill", "message"),
     [
         ({"label_weight": 0.0}, "every weight in distill is 0"),
-        ({"soft_weight": -1.0}, "soft_weight is -1.0; weights are 0 or more"),
-        ({"hard_weight": 1.0}, "logit_teacher is empty"),
+        ({"label_weight": 0.0, "mixer_weight": 1.0, "module_teacher": "own"}, "the classifier would learn nothing"),
+        ({"soft_weight": -1.0}, r"distill\.soft_weight is -1\.0, but must lie in 0 to inf"),
+        ({"mixer_weight": float("nan")}, r"distill\.mixer_weight is nan"),
+        ({"hard_weight": 1.0}, "logit_teacher is '', but soft_weight or hard_weight needs one"),
         ({"logit_teacher": "own"}, "soft_weight and hard_weight are 0"),
-        ({"block_weight": 1.0}, "module_teacher is empty"),
-        ({"start_from_teacher": True}, "module_teacher is empty"),
+        ({"block_weight": 1.0}, "module_teacher is '', but imitation or the start needs one"),
+        ({"start_from_teacher": True}, "module_teacher is ''"),
         ({"module_teacher": "own"}, "nothing is taken from it"),
-        ({"schedule": "cosine"}, "the three imitation weights are 0"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"phase": 2.0}, "phase is 2.0"),
-        (
-            {"label_weight": 0.0, "mixer_weight": 1.0, "module_teacher": "own", "schedule": "first_phase"},
-            "nothing else would be learned after the phase",
-        ),
+        ({"schedule": "cosine"}, "has no effect: the imitation weights are 0"),
+        ({"positions": "all"}, "has no effect: the imitation weights are 0"),
+        ({"block_match": "raw"}, "has no effect: block_weight is 0"),
+        ({"relation_tokens": 9}, "has no effect: relation_weight is 0"),
+        ({"phase": 0.3}, "has no effect: schedule is not first_phase"),
+        ({"temperature": 2.0}, "has no effect: soft_weight is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, but must lie in"),
+        ({"phase": 2.0}, "phase is 2.0, but must lie in"),
     ],
 )
 def test_contradictions_in_distill_are_named(distill, message):
@@ -69,10 +72,14 @@ def test_contradictions_in_distill_are_named(distill, message):
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ({"epochs": 0}, "must be 1 or more"),
+        ({"epochs": 0}, r"optim\.epochs is 0, but must lie in 1 to inf"),
+        ({"lr": -1.0}, r"optim\.lr is -1\.0"),
+        ({"lr": 1e-3, "min_lr": 1e-2}, r"optim\.min_lr is 0\.01, but must lie in 0 to 0\.001"),
+        ({"label_smoothing": 5.0}, r"optim\.label_smoothing is 5\.0"),
+        ({"clip_grad": -1.0}, r"optim\.clip_grad is -1\.0"),
         ({"batch_size": 10, "accumulation": 3}, "does not divide by accumulation 3"),
         ({"batch_size": 6, "accumulation": 2}, "need even batches, not 3"),
-        ({"epochs": 5, "warmup_epochs": 5}, "leaves none of the 5 epochs"),
+        ({"epochs": 5, "warmup_epochs": 5}, "must be below the 5 epochs"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
     ],
 )
@@ -81,8 +88,20 @@ def test_contradictions_in_optim_are_named(optim, message):
         check(Recipe(optim=OptimConfig(**optim)))
 
 
+def test_contradictions_elsewhere_are_named():
+    data = dataclasses.replace(Recipe().data, img_size=0, num_workers=-2, root="/somewhere")
+    with pytest.raises(ValueError, match=r"img_size is 0(.|\n)*num_workers is -2(.|\n)*only fashion-mnist has one"):
+        check(Recipe(data=data))
+
+
 def test_the_defaults_are_sound():
     check(Recipe())
+
+
+@pytest.mark.parametrize("value", ["ten", 1.5, True, None])
+def test_a_value_of_another_type_in_a_file_is_named(value):
+    with pytest.raises(ValueError, match=r"OptimConfig\.epochs is .*; it must be of type int"):
+        from_dict({"optim": {"epochs": value}})
 
 
 def test_an_unknown_knob_in_a_file_is_named():

@@ -23,14 +23,14 @@ class Prediction:
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """The files among the paths, and the image files in the folders among them, at any depth and in order of name.
+    """The files among the paths, and the images in the folders among them, at any depth, in order of name, none hidden.
 
     Raises:
         ValueError: a path that does not exist, or a folder without images.
     """
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in EXTENSIONS and file.is_file())
             if not files:
                 raise ValueError(f"no images in {path}")
             yield from files
@@ -55,12 +55,13 @@ def predict(
     """Predictions in the order of the images, preprocessed as the model notes; unreadable images give an error each.
 
     Raises:
-        ValueError: `top_k` below 1.
+        ValueError: `top_k` or `batch_size` below 1.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be 1 or more")
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
     model.eval()
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
     names = class_names(model)
     transform = create_transform(**resolve_data_config(model=model))
     images = iter(images)
@@ -73,7 +74,7 @@ def predict(
                 errors[i] = str(error)
         top: list[list[tuple[str, float]]] = []
         if tensors:
-            probabilities = model(torch.stack(tensors).to(device)).float().softmax(dim=1)
+            probabilities = model(torch.stack(tensors).to(parameter)).float().softmax(dim=1)
             values, indices = probabilities.topk(min(top_k, len(names)), dim=1)
             top = [
                 [(names[i], p) for i, p in zip(*row, strict=True)]

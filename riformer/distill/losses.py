@@ -1,5 +1,6 @@
 """The terms of the training objective, as pure functions of tensors. All return a scalar, the mean over the batch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,7 +74,8 @@ def relation(student: Tensor, teacher: Tensor, max_tokens: int = 196) -> Tensor:
             shrink = (max_tokens / (height * width)) ** 0.5
             x = F.adaptive_avg_pool2d(x, (max(1, int(height * shrink)), max(1, int(width * shrink))))
         tokens = F.normalize(x.flatten(2), dim=1)
-        grams.append(tokens.transpose(1, 2) @ tokens)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the products to bf16
+            grams.append(tokens.transpose(1, 2) @ tokens)
     return F.mse_loss(*grams)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import cast
 
@@ -42,9 +43,11 @@ class Teacher(nn.Module):
 
 
 def build_teacher(
-    reference: str, num_classes: int, student_mean: Sequence[float], student_std: Sequence[float]
+    reference: str, num_classes: int | None, student_mean: Sequence[float], student_std: Sequence[float]
 ) -> Teacher:
     """The teacher that `reference` names: `timm:NAME` (pretrained), or a run folder, model folder or checkpoint file.
+
+    `num_classes` is that of the data, or None for a teacher whose logits do not matter.
 
     Raises:
         ValueError: nothing can be read there, or it knows another number of classes than the data.
@@ -53,10 +56,10 @@ def build_teacher(
         model = timm.create_model(reference.removeprefix("timm:"), pretrained=True)
     else:
         model = load(Path(reference))
-    if model.num_classes != num_classes:
+    if num_classes is not None and model.num_classes != num_classes:
         raise ValueError(
             f"teacher {reference} has {model.num_classes} classes, but the data has {num_classes}: "
-            f"train or fine-tune a teacher on this data first"
+            f'train one on this data, or name it "own"'
         )
     return Teacher(model, student_mean, student_std)
 
@@ -90,8 +93,8 @@ def _modules_of(model: nn.Module) -> tuple[str, str]:
 def match_blocks(student: nn.Module, teacher: nn.Module, positions: str | Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of block names (student's, teacher's) that imitation compares.
 
-    `positions` is "last" (of each stage), "all", or a list of the student's block names. When a stage of the teacher is
-    deeper, block j of d imitates the teacher's block at the same relative depth.
+    `positions` is "last" (of each stage), "all", or a list of the student's block names. Where a stage of the teacher
+    has another depth, a block imitates the teacher's block at the same relative depth.
 
     Choice: "last" as default; the authors' figure draws one position a stage.
 
@@ -102,8 +105,8 @@ def match_blocks(student: nn.Module, teacher: nn.Module, positions: str | Sequen
     if len(own) != len(other):
         raise ValueError(f"the student has {len(own)} stages and the module teacher {len(other)}; imitation pairs them")
     pairs = {
-        block: deeper[round((j + 1) * len(deeper) / len(stage)) - 1]
-        for stage, deeper in zip(own, other, strict=True)
+        block: theirs[ceil((j + 1) * len(theirs) / len(stage)) - 1]
+        for stage, theirs in zip(own, other, strict=True)
         for j, block in enumerate(stage)
     }
     if positions == "all":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Affine(nn.Module):
     """RIFormer's stand-in for a token mixer: `s * y + t - y` per channel. It mixes nothing.
 
-    The subtraction is the block's residual seen from inside, as in PoolFormer's pooling; see METHOD in docs/.
+    The subtraction of y cancels the block's residual seen from inside, as in PoolFormer's pooling.
     Choice: s = 1 and t = 0 at the start, so that the branch begins as exact zero and the block as exact identity.
 
     Shape: [N, C, H, W] -> [N, C, H, W].
@@ -82,7 +82,8 @@ class Attention(nn.Module):
 class GlobalFilter(nn.Module):
     """GFNet's mixer: a learned complex filter per channel on the map's spectrum, computed in float32 or wider.
 
-    On another grid than the one it was built for, the filter is resampled bicubically (as GFNet's authors do).
+    On another grid than the one it was built for, the filter is resampled bicubically, corners kept so that the lowest
+    frequency stays where it is (as GFNet's authors do).
 
     Shape: [N, C, H, W] -> [N, C, H, W].
     """
@@ -96,7 +97,7 @@ class GlobalFilter(nn.Module):
         height, width = y.shape[-2:]
         weight = self.complex_weight.permute(3, 2, 0, 1)  # [2, C, height, width // 2 + 1]
         if weight.shape[-2:] != (height, width // 2 + 1):
-            weight = F.interpolate(weight, size=(height, width // 2 + 1), mode="bicubic", align_corners=False)
+            weight = F.interpolate(weight, size=(height, width // 2 + 1), mode="bicubic", align_corners=True)
         with torch.autocast(y.device.type, enabled=False):
             wide = y if y.dtype == torch.float64 else y.float()
             spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(*weight.to(wide.dtype))

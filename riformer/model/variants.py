@@ -7,7 +7,14 @@ official head, and any argument of `MetaFormer` may be given.
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import to_2tuple
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import to_timm_keys
@@ -62,12 +69,20 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> MetaFormer:
-    args = {**VARIANTS[name], **kwargs}
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    own = not isinstance(
+        kwargs.get("pretrained_cfg"), dict | PretrainedCfg
+    )  # a saved model's notes are kept as they are
+    if own and "img_size" in kwargs:  # an image size given is the size that the model is for
+        overlay.setdefault("input_size", (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"])))
+    noted = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+    args = {**VARIANTS[name], "img_size": noted.input_size[-2:], **kwargs}
     out_indices = args.pop("out_indices", tuple(range(len(args["depths"]))))
     return build_model_with_cfg(
         MetaFormer,
         name,
         pretrained,
+        pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=lambda file, model: to_timm_keys(file.get("state_dict", file)),
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
         **args,

@@ -201,7 +201,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
         with replace_file(path) as beside:
             save_file(tensors, beside, metadata={"riformer": config})
         return path
-    if path.is_file() or (path.is_dir() and {file.name for file in path.iterdir()} - {_CONFIG, _WEIGHTS}):
+    if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ValueError(f"{path}: weights are written as .safetensors, or into a folder")
+    others = {file.name for file in path.iterdir()} - {_CONFIG, _WEIGHTS} if path.is_dir() else set()
+    if path.is_file() or any(not name.startswith(".") for name in others):
         raise ValueError(f"{path} exists and is no model folder: save would replace it with all its content")
     with replace_folder(path) as beside:
         (beside / _CONFIG).write_text(config, encoding="utf-8")

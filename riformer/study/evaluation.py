@@ -2,6 +2,8 @@
 
 import base64
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
 from riformer.study.cost import count_macs, count_params
 from riformer.study.latency import Spread, images_per_s
-from riformer.train.data import ImageList, eval_batches, open_dataset
+from riformer.train.data import Dataset, ImageList, eval_batches, open_dataset
 from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.run import Run, environment
 
@@ -26,10 +28,24 @@ BATCH_SIZE = 64
 NUM_SAMPLES = 30
 
 
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Convolutions on a GPU in float32 proper, not in TF32."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
+@_full_float32()
 def evaluate_run(path: str | Path) -> dict[str, Any]:
     """Evaluates the best model of a run and its teacher, writes evaluation.json into the run folder and returns it.
 
-    The split is test where the data has one, otherwise val, on which the best model was also chosen. All in float32.
+    The split is test where the data has one, otherwise val, on which the best model was also chosen. All in float32,
+    without the TF32 that GPUs else use for convolutions. The teacher is the logit teacher.
 
     Raises:
         ValueError: no run there, or nothing trained yet.
@@ -39,27 +55,28 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     if run.read("best/config.json") is None:
         raise ValueError(f"{path} has no best/ yet: train it first")
     data = open_dataset(recipe.data, recipe.seed, record=run.read("data.json"))
-    split = "test" if "test" in data.splits else "val"
+    split = _chosen_split(data, "")
     images, num_classes = data.splits[split], len(data.classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(run.path).to(device)
     models = {"student": student, "deploy": fuse(student)}
-    if reference := recipe.distill.logit_teacher or recipe.distill.module_teacher:
+    runnables: dict[str, nn.Module] = dict(models)
+    if reference := recipe.distill.logit_teacher:
         place = str(run.path / "teacher") if reference == "own" else reference
-        teacher = build_teacher(place, num_classes, recipe.data.mean, recipe.data.std)
-        models = {"teacher": teacher.model.to(device), **models}
+        teacher = build_teacher(place, num_classes, recipe.data.mean, recipe.data.std).to(device)
+        models = {"teacher": teacher.model, **models}
+        runnables = {"teacher": teacher, **runnables}  # which sees the images under its own normalisation
 
     rows: dict[str, dict[str, Any]] = {}
     results: dict[str, Evaluation] = {}
     for name, model in models.items():
-        results[name] = evaluate(model, eval_batches(images, recipe.data, BATCH_SIZE), num_classes)
-        size = model.pretrained_cfg["input_size"]
+        results[name] = evaluate(runnables[name], eval_batches(images, recipe.data, BATCH_SIZE), num_classes)
         rows[name] = {
             "name": describe(model),
             **{key: getattr(results[name], key) for key in ("top1", "top5", "loss")},
             "params": count_params(model),
-            "macs": count_macs(model, size),
+            "macs": count_macs(model, recipe.data.img_size),
         }
 
     example = next(iter(eval_batches(images, recipe.data, BATCH_SIZE)))[0].to(device)
@@ -88,10 +105,13 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
-def evaluate_model(model: nn.Module, data: DataConfig, split: str = "") -> dict[str, Evaluation]:
+def evaluate_model(
+    model: nn.Module, data: DataConfig, split: str = "", seed: int = 0, record: dict[str, Any] | None = None
+) -> dict[str, Evaluation]:
     """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
 
     The data's classes are found among the model's by name. `split` is train, val or test; empty takes test, else val.
+    `seed` and `record` are those of the run whose split it is, where it is a run's.
 
     Raises:
         ValueError: the data has no such split, or a class that the model does not know.
@@ -100,11 +120,11 @@ def evaluate_model(model: nn.Module, data: DataConfig, split: str = "") -> dict[
     data = replace(
         data, img_size=config["input_size"][-1], **{name: config[name] for name in ("crop_pct", "mean", "std")}
     )
-    dataset = open_dataset(data, seed=0)
-    split = split or ("test" if "test" in dataset.splits else "val")
-    if split not in dataset.splits:
-        raise ValueError(f"{data.name} has no split {split!r}; it has {sorted(dataset.splits)}")
+    dataset = open_dataset(data, seed, record)
+    split = _chosen_split(dataset, split)
     names = list(config.get("label_names") or dataset.classes)
+    if len(names) != model.num_classes:
+        raise ValueError(f"the model has {model.num_classes} classes without names, but the data has {len(names)}")
     if unknown := sorted(set(dataset.classes) - set(names)):
         raise ValueError(f"the model does not know the classes {unknown}; it knows {names}")
     own_index = torch.tensor([names.index(name) for name in dataset.classes])
@@ -114,6 +134,13 @@ def evaluate_model(model: nn.Module, data: DataConfig, split: str = "") -> dict[
 
     forms = {"as saved": model, "fused": fuse(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
+
+
+def _chosen_split(data: Dataset, split: str) -> str:
+    split = split or ("test" if "test" in data.splits else "val")
+    if split not in data.splits:
+        raise ValueError(f"{data.name} has no split {split!r}; it has {sorted(data.splits)}")
+    return split
 
 
 def describe(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Runs and resumes a comparison: several recipes over several seeds, a run folder each."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -53,7 +54,7 @@ def run_ladder(
 def _train_side_by_side(todo: list[tuple[Recipe, Path]], progress: Progress, jobs: int) -> None:
     """Each training in a process of its own, `jobs` at a time, with its share of the cores.
 
-    Their progress comes through a queue. A training that fails ends quietly, unfinished: trying it again says why.
+    Their progress comes through a queue. When a training fails, quietly, no more are begun: trying it again says why.
     """
     spawn = get_context("spawn")
     lines = spawn.Queue()
@@ -67,6 +68,8 @@ def _train_side_by_side(todo: list[tuple[Recipe, Path]], progress: Progress, job
                 running[-1].start()
             with suppress(Empty):
                 progress(lines.get(timeout=0.1))
+            if any(process.exitcode for process in running):
+                waiting.clear()
             if lines.empty():
                 running = [process for process in running if process.is_alive()]
     finally:
@@ -77,5 +80,7 @@ def _train_side_by_side(todo: list[tuple[Recipe, Path]], progress: Progress, job
 
 def _train_one(recipe: Recipe, path: Path, lines: Queue, threads: int) -> None:
     torch.set_num_threads(threads)
-    with suppress(KeyboardInterrupt, ValueError, RuntimeError, OSError):
+    try:
         train(recipe, path, lines.put)
+    except (KeyboardInterrupt, ValueError, RuntimeError, OSError):
+        sys.exit(1)

@@ -3,11 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(hours=3)  # while the main process scans a large folder, the others wait
 
 
 @contextmanager
@@ -21,7 +24,7 @@ def process_group() -> Iterator[tuple[int, int, torch.device]]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:

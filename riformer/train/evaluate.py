@@ -33,13 +33,14 @@ def evaluate(
     Raises:
         ValueError: no process had an image.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     was_training = model.training
     model.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # images, right in the first five, cross-entropy
     for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
+        images, labels = images.to(parameter), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         logits = logits.float()

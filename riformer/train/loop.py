@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
 from riformer.distill.objective import IMITATION, Objective, imitation_scale
-from riformer.distill.teachers import Teacher, build_teacher
+from riformer.distill.teachers import Teacher, build_teacher, match_blocks
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import save, start_from
 from riformer.recipes import teacher_recipe
@@ -42,11 +42,11 @@ SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that i
 
 
 def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]], None] = lambda line: None) -> Run:
-    """Trains, or goes on with, the run in `folder`; returns at once when it is finished.
+    """Trains, or goes on with, the run in `folder`; a finished run is left as it is.
 
     A run that was interrupted at any moment goes on exactly: the losses of its remaining steps are those of a run that
-    was never interrupted, bit for bit, on the same machine and number of processes. Under torchrun every process calls
-    this. A teacher named "own" is trained first, as a run of its own in `folder`/teacher.
+    was never interrupted, bit for bit, on the same machine with as many processes and threads. Under torchrun every
+    process calls this. A teacher named "own" is trained first, as a run of its own in `folder`/teacher.
 
     Args:
         recipe: the whole configuration.
@@ -59,6 +59,8 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
         RuntimeError: the loss is no longer finite.
     """
     check(recipe)
+    if "own" in (recipe.distill.logit_teacher, recipe.distill.module_teacher):
+        check(teacher_recipe(recipe))
     with process_group() as (rank, world_size, device):
         return _train(recipe, Run(folder), progress, rank, world_size, device)
 
@@ -75,6 +77,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         if main and run.read("data.json") is None:
             run.write("data.json", data.record())
     if distill.logit_teacher == "own" or distill.module_teacher == "own":
+        _try_on_paper(recipe, data)
         _train(teacher_recipe(recipe), Run(run.path / "teacher"), progress, rank, world_size, device)
 
     # model
@@ -92,7 +95,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         optim.batch_size, optim.accumulation, rank, world_size,
     )  # fmt: skip
     num_steps = optim.epochs * batches.steps_per_epoch
-    warmup_steps = round(optim.warmup_epochs * batches.steps_per_epoch)
+    warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
     optimizer = create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
     schedule = CosineLRScheduler(
         optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,
@@ -114,6 +117,8 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         _set_rng_state(state["rng"][rank])
     if main:
         run.cut_metrics(step)
+        if step < num_steps:  # an evaluation of what it was so far
+            (run.path / "evaluation.json").unlink(missing_ok=True)
 
     def tell(line: dict[str, Any]) -> None:
         progress({"run": str(run.path), "name": recipe.name, "num_steps": num_steps, **line})
@@ -150,7 +155,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                 terms = _backward(objective, parts, scale, student, optim.precision, device)
                 if not np.isfinite(terms["loss"]):
                     raise RuntimeError(
-                        f"the loss is not finite after step {step}: {terms}; lower optim.lr or clip_grad"
+                        f"the loss is not finite after step {step}: {terms}; lower optim.lr or set optim.clip_grad"
                     )
                 if optim.clip_grad:
                     nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
@@ -179,7 +184,8 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             result = evaluate(kept, val_batches, len(data.classes), optim.precision)
             line = {
                 "kind": "epoch", "epoch": epoch, "step": step, "val_top1": result.top1, "val_top5": result.top5,
-                "val_loss": result.loss, "seconds": round(time.monotonic() - epoch_began, 3),
+                "val_loss": result.loss, "val_images": result.num_images,
+                "seconds": round(time.monotonic() - epoch_began, 3),
             }  # fmt: skip
             if main:
                 run.log(line)
@@ -189,7 +195,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             save_state()
             saved_at = time.monotonic()
             tell(line)
-            if any_process(bool(interrupted), device) and step < num_steps:
+            if any_process(bool(interrupted), device):
                 raise KeyboardInterrupt
     barrier()
     return run
@@ -226,20 +232,33 @@ def build_model(recipe: Recipe, data: Dataset) -> MetaFormer:
     return cast(MetaFormer, model)
 
 
+def _try_on_paper(recipe: Recipe, data: Dataset) -> None:
+    """Lets what is wrong with the student fail before its own teacher is trained for hours, and not after.
+
+    Raises:
+        ValueError: an unknown mixer, positions that the student does not have, and the like.
+    """
+    with torch.device("meta"):
+        student, teacher = build_model(recipe, data), build_model(teacher_recipe(recipe), data)
+    create_optimizer_v2(student, opt=recipe.optim.name, lr=recipe.optim.lr)
+    if recipe.distill.module_teacher == "own":
+        match_blocks(student, teacher, recipe.distill.positions)
+
+
 def _build_teachers(
     recipe: Recipe, run: Run, data: Dataset, device: torch.device
 ) -> tuple[Teacher | None, Teacher | None]:
     """Logit teacher and module teacher: one object when the recipe names them alike, None where it names none."""
 
-    def build(reference: str) -> Teacher | None:
+    def build(reference: str, num_classes: int | None) -> Teacher | None:
         if not reference:
             return None
         path = str(run.path / "teacher") if reference == "own" else reference
-        return build_teacher(path, len(data.classes), recipe.data.mean, recipe.data.std).to(device)
+        return build_teacher(path, num_classes, recipe.data.mean, recipe.data.std).to(device)
 
     names = recipe.distill.logit_teacher, recipe.distill.module_teacher
-    logit_teacher = build(names[0])
-    return logit_teacher, logit_teacher if names[0] == names[1] else build(names[1])
+    logit_teacher = build(names[0], len(data.classes))
+    return logit_teacher, logit_teacher if names[0] == names[1] else build(names[1], None)
 
 
 def _backward(

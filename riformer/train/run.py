@@ -46,14 +46,16 @@ class Run:
         """
         if (self.path / "recipe.json").exists():
             differences = _differences(to_dict(self.recipe()), to_dict(recipe))
-            trained = any((self.path / state).exists() for state in ("last", "last.previous", "teacher"))
+            trained = self.metrics() or any(
+                (self.path / name).exists() for name in ("last", "last.previous", "teacher")
+            )
             if differences and trained:
                 listed = "\n  ".join(differences)
                 raise ValueError(f"{self.path} holds a run of another recipe; choose another --out:\n  {listed}")
             if differences:
                 (self.path / "data.json").unlink(missing_ok=True)
                 self.write("recipe.json", to_dict(recipe))
-        elif self.path.is_dir() and os.listdir(self.path):
+        elif self.path.is_dir() and any(not name.startswith(".") for name in os.listdir(self.path)):
             raise ValueError(f"{self.path} is not empty and not a run folder; choose another --out")
         else:
             self.write("recipe.json", to_dict(recipe))

@@ -146,6 +146,8 @@ def test_positions_pair_blocks_by_relative_depth():
     student, teacher = build(depths=(2, 1)), build("pooling", depths=(4, 3))
     first, last, second = "stages.0.blocks.1", "stages.0.blocks.3", "stages.1.blocks.2"
     assert match_blocks(student, teacher, "last") == [(first, last), ("stages.1.blocks.0", second)]
+    shallow = match_blocks(build(depths=(6, 1)), build("pooling", depths=(2, 1)), "all")
+    assert [theirs[-1] for _, theirs in shallow[:6]] == ["0", "0", "0", "1", "1", "1"]
     pairs = match_blocks(student, teacher, "all")
     assert pairs == [("stages.0.blocks.0", first), (first, last), ("stages.1.blocks.0", second)]
     assert match_blocks(student, teacher, (first,)) == [(first, last)]

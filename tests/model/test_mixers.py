@@ -175,3 +175,11 @@ def test_random_matrix_averages_and_is_frozen():
     assert [key for key, parameter in mixer.named_parameters() if parameter.requires_grad] == []
     assert "weight" in mixer.state_dict()
     assert TokenMatrix(8, GRID).weight.requires_grad
+
+
+def test_global_filter_on_another_grid_keeps_its_lowest_frequency():
+    torch.manual_seed(0)
+    mixer = MIXERS["global_filter"](3, (8, 8))
+    constant = torch.ones(1, 3, 12, 10)  # has no other frequency
+    gain = mixer.complex_weight[0, 0, :, 0].view(1, 3, 1, 1)
+    torch.testing.assert_close(mixer(constant), gain * constant)

@@ -102,3 +102,16 @@ def test_any_argument_may_be_given():
     model = on_meta("riformer_m36", depths=(1, 1), dims=(8, 16), mixer=("pooling", "attention"), num_classes=3)
     assert [type(stage.blocks[0].token_mixer).__name__ for stage in model.stages] == ["Pooling", "Attention"]
     assert model.get_classifier().out_features == 3
+
+
+@pytest.mark.parametrize("mixer", ["token_matrix", "global_filter"])
+def test_the_small_sizes_are_built_for_their_own_images(mixer):
+    for name, size in (("riformer_micro", 16), ("riformer_mini", 32)):
+        model = timm.create_model(name, mixer=mixer, num_classes=3)
+        assert model.pretrained_cfg["input_size"] == (3, size, size)
+        assert model(torch.randn(1, 3, size, size)).shape == (1, 3)
+
+
+def test_an_image_size_given_is_noted_on_the_model():
+    model = timm.create_model("riformer_micro", img_size=24)
+    assert model.pretrained_cfg["input_size"] == (3, 24, 24)
