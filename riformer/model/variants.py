@@ -72,8 +72,8 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> MetaFormer:
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     own = not isinstance(
         kwargs.get("pretrained_cfg"), dict | PretrainedCfg
-    )  # a saved model's notes are kept as they are
-    if own and "img_size" in kwargs:  # an image size given is the size that the model is for
+    )
+    if own and "img_size" in kwargs:  # the size asked for is the size that the model is for; a saved model keeps its notes
         overlay.setdefault("input_size", (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"])))
     noted = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
     args = {**VARIANTS[name], "img_size": noted.input_size[-2:], **kwargs}
