@@ -1,5 +1,7 @@
 """What the README promises runs as written; README, Makefile and docs name things that exist."""
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -98,3 +100,12 @@ def test_links_of_the_readme_lead_somewhere():
     local = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert len(local) >= 3
     assert [link for link in local if not (ROOT / link).is_file()] == []
+
+
+def test_the_quickstart_table_is_the_recorded_one():
+    spec = importlib.util.spec_from_file_location("record_quickstart", ROOT / "docs" / "record_quickstart.py")
+    record_quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(record_quickstart)
+    text = (ROOT / "docs/paper-map.md").read_text()
+    shown = re.search(r"<!-- quickstart -->\n(.*?)\n<!-- /quickstart -->", text, re.DOTALL)[1]
+    assert shown == record_quickstart.table(json.loads(record_quickstart.RESULTS.read_text()))

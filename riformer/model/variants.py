@@ -70,10 +70,9 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> MetaFormer:
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    own = not isinstance(
-        kwargs.get("pretrained_cfg"), dict | PretrainedCfg
-    )
-    if own and "img_size" in kwargs:  # the size asked for is the size that the model is for; a saved model keeps its notes
+    # The size asked for is the size that the model is for; a saved model's notes stay as they are.
+    is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
+    if "img_size" in kwargs and not is_saved:
         overlay.setdefault("input_size", (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"])))
     noted = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
     args = {**VARIANTS[name], "img_size": noted.input_size[-2:], **kwargs}
