@@ -178,7 +178,7 @@ def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
     """The recipe that `to_dict` wrote.
 
     Raises:
-        ValueError: a knob that does not exist; the message names it.
+        ValueError: a knob that does not exist, or a value of another type; the message names it.
     """
     known = get_type_hints(cls)
     for name in values:
