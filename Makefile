@@ -17,7 +17,7 @@ quickstart: install ## trains, compares, fuses, evaluates, predicts and reports 
 	$(BIN)/riformer report $(RUNS)
 
 test: install ## all tests
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 ci: lint types test ## what a change must pass
 

@@ -27,7 +27,7 @@ verbs:
 riformer VERB --help explains a verb's options; riformer --version prints the version.
 
 start here:
-  riformer train                                             the whole idea on built-in digits, in about a minute
+  riformer train                                             the whole idea on built-in digits
   riformer train --recipe photos --data.name folder:PATH     the same on your own images
   riformer report runs                                       a page about what came out
 """

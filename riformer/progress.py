@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
-TERMS = ("label", "hard", "soft", "block", "mixer", "relation")
+from riformer.distill.objective import TERMS
+
 LINE_SECONDS = 15  # without a terminal, a training prints at most one line in this time, and its last
 
 
@@ -16,7 +17,6 @@ LINE_SECONDS = 15  # without a terminal, a training prints at most one line in t
 class _Training:
     """What is on display about one run."""
 
-    name: str
     task: TaskID
     images_per_s: float = 0.0
     val: str = ""
@@ -54,7 +54,7 @@ class TrainProgress:
             if line["run"] in self.trainings:
                 return
             task = self.bars.add_task(line["run"], total=line["num_steps"], completed=line["step"], numbers="")
-            self.trainings[line["run"]] = _Training(line["run"], task)
+            self.trainings[line["run"]] = _Training(task)
             if 0 < line["step"] < line["num_steps"]:
                 self.console.print(f"{line['run']}: going on at step {line['step']}", highlight=False, soft_wrap=True)
             return
@@ -73,5 +73,5 @@ class TrainProgress:
             self.bars.update(training.task, visible=len(self.trainings) < 6)
         if not self.console.is_terminal and (finished or time.monotonic() - training.printed_at > LINE_SECONDS):
             training.printed_at = time.monotonic()
-            place = f"{training.name}: step {line['step']}/{line['num_steps']}"
+            place = f"{line['run']}: step {line['step']}/{line['num_steps']}"
             self.console.print(f"{place}, {training.numbers}", highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ FULL = DistillConfig(
 
 
 def quickstart() -> Recipe:
-    """Tiny images of up to 16 pixels, minutes on a processor: the built-in digits, with a GFNet-like teacher."""
+    """Tiny images of up to 16 pixels: the built-in digits, minutes on a processor, with a GFNet-like teacher."""
     return Recipe(
         name="quickstart",
         data=DataConfig(name="digits", img_size=16, crop_pct=1.0),
@@ -48,7 +48,7 @@ def quickstart() -> Recipe:
 
 
 def small_images() -> Recipe:
-    """Images of up to about 32 pixels, such as Fashion-MNIST: a small network, light augmentation, half an hour."""
+    """Images of up to about 32 pixels, such as Fashion-MNIST: a small network, light augmentation."""
     return Recipe(
         name="small-images",
         data=DataConfig(name="fashion-mnist", img_size=32, crop_pct=1.0),

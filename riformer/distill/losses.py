@@ -25,7 +25,7 @@ def soft(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Te
     """KL(teacher || student) of softened probabilities, times the temperature's square.
 
     Choice: temperature 1 and no division by the number of classes, because the paper gives neither; dividing, as DeiT's
-    code does, makes the term a thousand times smaller on ImageNet and the learning rate of the paper too low for it.
+    code does, makes the term a thousand times smaller on ImageNet, beside imitation terms that stay as they are.
 
     Shape: both [N, K].
     """

@@ -12,6 +12,7 @@ from riformer.distill.taps import tap, unwrapped
 from riformer.distill.teachers import Teacher, match_blocks, mixer_name
 
 IMITATION = ("block", "mixer", "relation")
+TERMS = ("label", "hard", "soft", *IMITATION)
 
 
 def imitation_scale(schedule: str, progress: float, phase: float = 0.5) -> float:

@@ -83,7 +83,12 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     rates = images_per_s(models, example)
     for name, values in rates.items():
         rows[name]["images_per_s"] = asdict(Spread.of(values))
-    speed: dict[str, Any] = {"batch_size": len(example), "img_size": recipe.data.img_size, "precision": "fp32"}
+    speed: dict[str, Any] = {
+        "batch_size": len(example),
+        "rounds": len(rates["deploy"]),
+        "img_size": recipe.data.img_size,
+        "precision": "fp32",
+    }
     if "teacher" in models:
         pairs = zip(rates["deploy"], rates["teacher"], strict=True)
         speed["ratio"] = asdict(Spread.of([fused / own for fused, own in pairs]))
@@ -105,6 +110,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
+@_full_float32()
 def evaluate_model(
     model: nn.Module, data: DataConfig, split: str = "", seed: int = 0, record: dict[str, Any] | None = None
 ) -> dict[str, Evaluation]:

@@ -35,8 +35,8 @@ def run_ladder(
 ) -> list[Run]:
     """Every recipe with every seed, in `folder`/NAME-seedN. Interrupted, the same call goes on where it was.
 
-    With `jobs` above 1, so many trainings share the processor side by side, which small networks use better than one
-    training can. Evaluation, which also measures speed, comes after all trainings and one by one.
+    With `jobs` above 1, so many trainings run side by side and share the processor's cores. Evaluation, which also
+    measures speed, comes after all trainings and one by one.
 
     Raises:
         ValueError: a recipe that contradicts itself; before anything runs.

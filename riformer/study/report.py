@@ -20,10 +20,11 @@ from typing import Any
 
 from riformer.atomic import write_text
 from riformer.config import Recipe, to_dict
+from riformer.distill.objective import TERMS
+from riformer.train.run import Run
 
 ACCENT, GREY = "#0b5ea8", "#7d848d"
 PALETTE = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe and Ito's, for all kinds of eyes
-TERMS = ("label", "soft", "hard", "block", "mixer", "relation")
 STYLE: dict[str, Any] = {
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#c4c8ce"),
     **dict.fromkeys(("axes.titlecolor", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#4a5058"),
@@ -163,15 +164,8 @@ def _read_run(path: Path) -> RunRecord:
             num_broken += 1
     steps, epochs = ([found[k] for k in sorted(found)] for found in records.values())
     teacher = _read_run(path / "teacher") if (path / "teacher" / "recipe.json").is_file() else None
-    parts: dict[str, Any] = {n: _read_json(path / f"{n}.json") for n in ("recipe", "env", "data", "evaluation")}
+    parts: dict[str, Any] = {n: Run(path).read(f"{n}.json") or {} for n in ("recipe", "env", "data", "evaluation")}
     return RunRecord(path, steps=steps, epochs=epochs, num_broken_lines=num_broken, teacher=teacher, **parts)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _groups(runs: list[RunRecord]) -> list[Group]:

@@ -1,15 +1,13 @@
 """One training, from a recipe to a run folder: a function of named sections, one process or many (torchrun)."""
 
-import logging
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import timm
 import torch
 from timm.optim import create_optimizer_v2
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
-from riformer.distill.objective import IMITATION, Objective, imitation_scale
+from riformer.distill.objective import TERMS, Objective, imitation_scale
 from riformer.distill.teachers import Teacher, build_teacher, match_blocks
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import save, start_from
@@ -35,8 +33,6 @@ from riformer.train.distributed import (
 )
 from riformer.train.evaluate import evaluate
 from riformer.train.run import Run
-
-logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that is shorter
 
@@ -73,15 +69,16 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     with main_process_first(rank):
         if main:
             run.begin(recipe, world_size)
-        data = open_dataset(recipe.data, recipe.seed, record=run.read("data.json"))
-        if main and run.read("data.json") is None:
+        record = run.read("data.json")
+        data = open_dataset(recipe.data, recipe.seed, record)
+        if main and record is None:
             run.write("data.json", data.record())
     if distill.logit_teacher == "own" or distill.module_teacher == "own":
         _try_on_paper(recipe, data)
         _train(teacher_recipe(recipe), Run(run.path / "teacher"), progress, rank, world_size, device)
 
     # model
-    _seed_everything(recipe.seed)
+    torch.manual_seed(recipe.seed)
     model = build_model(recipe, data).to(device)
 
     # teachers
@@ -130,7 +127,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     if world_size > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     objective = Objective(
-        student, {name: getattr(distill, f"{name}_weight") for name in ("label", "hard", "soft", *IMITATION)},
+        student, {name: getattr(distill, f"{name}_weight") for name in TERMS},
         logit_teacher, module_teacher, distill.temperature, optim.label_smoothing,
         distill.positions, distill.block_match, distill.relation_tokens,
     )  # fmt: skip
@@ -153,7 +150,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                 schedule.step_update(step)
                 scale = imitation_scale(distill.schedule, step / num_steps, distill.phase)
                 terms = _backward(objective, parts, scale, student, optim.precision, device)
-                if not np.isfinite(terms["loss"]):
+                if not isfinite(terms["loss"]):
                     raise RuntimeError(
                         f"the loss is not finite after step {step}: {terms}; lower optim.lr or set optim.clip_grad"
                     )
@@ -304,12 +301,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:

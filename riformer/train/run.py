@@ -68,15 +68,21 @@ class Run:
         Raises:
             ValueError: there is no run here.
         """
-        file = self.path / "recipe.json"
-        if not file.is_file():
+        if (content := self.read("recipe.json")) is None:
             raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
-        return from_dict(json.loads(file.read_text()))
+        return from_dict(content)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The content of a JSON file of this run, or None when it is not there yet."""
+        """The content of a JSON file of this run, or None when it is not there yet.
+
+        Raises:
+            ValueError: the file is not JSON.
+        """
         file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replaces a JSON file of this run."""
@@ -91,7 +97,7 @@ class Run:
         """The metrics so far; a last line that a kill left half-written is dropped."""
         file = self.path / "metrics.jsonl"
         lines = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
