@@ -120,7 +120,7 @@ class Head(nn.Module):
     def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float):
         super().__init__()
         self.norm: nn.Module = nn.GroupNorm(1, dim)
-        self.global_pool = _pool(global_pool)
+        self.global_pool = build_pool(global_pool)
         self.drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -183,13 +183,13 @@ class MetaFormer(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info: list[dict] = []
         self.stem = ConvEmbed(in_chans, dims[0], stem_patch, stem_stride)
-        grid = _conv_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size), self.stem.conv)
+        grid = conv_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size), self.stem.conv)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         stages = []
         for i, dim in enumerate(dims):
             downsample = ConvEmbed(dims[i - 1], dim, patch=3, stride=2) if i else nn.Identity()
-            grid = _conv_size(grid, downsample.conv) if i else grid
+            grid = conv_size(grid, downsample.conv) if i else grid
             blocks = [Block(dim, grid, mixers[i], mlp_ratio, layer_scale_init, rate) for rate in drop_paths[i]]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
@@ -262,7 +262,7 @@ class MetaFormer(nn.Module):
         """Replaces the classifier by a fresh one (0: none), and the pooling when one is given, in place."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.head.global_pool = _pool(global_pool)
+            self.head.global_pool = build_pool(global_pool)
         if num_classes > 0:
             like = self.stem.conv.weight
             self.head.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -284,14 +284,19 @@ class MetaFormer(nn.Module):
         return dict(stem=r"^stem", blocks=blocks)
 
 
-def _pool(pool_type: str) -> SelectAdaptivePool2d:
+def build_pool(pool_type: str) -> SelectAdaptivePool2d:
+    """timm's pooling over the map, [N, C, H, W] -> [N, C]; "" keeps the map.
+
+    Raises:
+        ValueError: an unknown kind, or one that changes the width.
+    """
     pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
     if pool.feat_mult() != 1:
         raise ValueError(f"global_pool is {pool_type!r}, which changes the width; allowed are avg, max, avgmax and ''")
     return pool
 
 
-def _conv_size(size: tuple[int, int], conv: nn.Conv2d) -> tuple[int, int]:
+def conv_size(size: tuple[int, int], conv: nn.Conv2d) -> tuple[int, int]:
     """Height and width of the convolution's output map."""
     kernel, stride, pad = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     return (size[0] + 2 * pad - kernel) // stride + 1, (size[1] + 2 * pad - kernel) // stride + 1

@@ -8,6 +8,7 @@ front of it: it then has a method `fold_into(norm) -> (weight, bias)`.
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 
@@ -79,11 +80,11 @@ class Attention(nn.Module):
         return self.proj(y.transpose(-2, -1).reshape(n, c, h, w))
 
 
+@register_notrace_module
 class GlobalFilter(nn.Module):
     """GFNet's mixer: a learned complex filter per channel on the map's spectrum, computed in float32 or wider.
 
-    On another grid than the one it was built for, the filter is resampled bicubically, corners kept so that the lowest
-    frequency stays where it is (as GFNet's authors do).
+    On another grid than the one it was built for, the filter is resampled (see `resample_filter`).
 
     Shape: [N, C, H, W] -> [N, C, H, W].
     """
@@ -95,13 +96,21 @@ class GlobalFilter(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         height, width = y.shape[-2:]
-        weight = self.complex_weight.permute(3, 2, 0, 1)  # [2, C, height, width // 2 + 1]
-        if weight.shape[-2:] != (height, width // 2 + 1):
-            weight = F.interpolate(weight, size=(height, width // 2 + 1), mode="bicubic", align_corners=True)
-        with torch.autocast(y.device.type, enabled=False):
-            wide = y if y.dtype == torch.float64 else y.float()
-            spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(*weight.to(wide.dtype))
-            return torch.fft.irfft2(spectrum, s=(height, width), norm="ortho").to(y.dtype)
+        weight = resample_filter(self.complex_weight, height, width // 2 + 1).permute(3, 2, 0, 1)
+        wide = y if y.dtype == torch.float64 else y.float()  # autocast leaves alone what is float32 already
+        spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(*weight.to(wide.dtype))
+        return torch.fft.irfft2(spectrum, s=(height, width), norm="ortho").to(y.dtype)
+
+
+def resample_filter(weight: Tensor, height: int, half_width: int) -> Tensor:
+    """A global filter for another grid, bicubically, corners kept so that the lowest frequency stays where it is.
+
+    Shape: [h, w // 2 + 1, C, 2] -> [height, half_width, C, 2].
+    """
+    if weight.shape[:2] == (height, half_width):
+        return weight
+    planes = weight.permute(3, 2, 0, 1)
+    return F.interpolate(planes, (height, half_width), mode="bicubic", align_corners=True).permute(2, 3, 1, 0)
 
 
 class TokenMatrix(nn.Module):

@@ -1,7 +1,7 @@
 """Names and sizes, and their registration with timm: `timm.create_model("riformer_s12")`.
 
-Every name builds the training form; `mixer="identity"` builds the deploy form, `mixer="pooling"` PoolFormer with the
-official head, and any argument of `MetaFormer` may be given.
+Every riformer_* builds the training form; `mixer="identity"` builds the deploy form, `mixer="pooling"` PoolFormer with
+the official head, and any argument of `MetaFormer` may be given. gfnet_h_* are the paper's logit teachers.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
+from riformer.model.gfnet import GFNet
 from riformer.model.metaformer import MetaFormer
-from riformer.model.weights import to_timm_keys
+from riformer.model.weights import fit_state
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "riformer_s12": dict(depths=(2, 2, 6, 2), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
@@ -28,6 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Not the paper's: for images of about 16 and 32 pixels. Shallow networks need no small layer scales.
     "riformer_micro": dict(depths=(1, 1), dims=(24, 48), stem_patch=2, stem_stride=2, layer_scale_init=1.0),
     "riformer_mini": dict(depths=(2, 2, 2), dims=(32, 64, 128), stem_patch=4, stem_stride=4, layer_scale_init=1.0),
+}
+
+GFNETS: dict[str, dict[str, Any]] = {
+    "gfnet_h_ti": dict(depths=(3, 3, 10, 3), dims=(64, 128, 256, 512), layer_scale_init=1e-3),
+    "gfnet_h_s": dict(depths=(3, 3, 10, 3), dims=(96, 192, 384, 768), layer_scale_init=1e-5),
+    "gfnet_h_b": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
 }
 
 # The authors' checkpoints (mmpretrain's model zoo), training form, 600 epochs: 224 px, and 30 more epochs at 384 px.
@@ -65,24 +72,36 @@ default_cfgs = generate_default_cfgs(
         for tag, img_size, file in zip(("mmpretrain_in1k", "mmpretrain_in1k_384"), (224, 384), files, strict=True)
     }
     | {"riformer_micro": _cfg(16, 4, 1.0), "riformer_mini": _cfg(32, 16, 1.0)}
+    # Their files lie where only a browser gets them: fetch one by hand and load it, see docs/teachers.md.
+    | {
+        name: {
+            **_cfg(224, 32, 0.9),
+            "classifier": "head",
+            "first_conv": "patch_embed.0.proj",
+            "license": "mit",
+            "paper_ids": "arXiv:2107.00645",
+        }
+        for name in GFNETS
+    }
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> MetaFormer:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     # The size asked for is the size that the model is for; a saved model's notes stay as they are.
     is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
     if "img_size" in kwargs and not is_saved:
         overlay.setdefault("input_size", (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"])))
     noted = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
-    args = {**VARIANTS[name], "img_size": noted.input_size[-2:], **kwargs}
+    sizes = GFNETS[name] if name in GFNETS else VARIANTS[name]
+    args = {**sizes, "img_size": noted.input_size[-2:], **kwargs}
     out_indices = args.pop("out_indices", tuple(range(len(args["depths"]))))
     return build_model_with_cfg(
-        MetaFormer,
+        GFNet if name in GFNETS else MetaFormer,
         name,
         pretrained,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=lambda file, model: to_timm_keys(file.get("state_dict", file)),
+        pretrained_filter_fn=fit_state,
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
         **args,
     )
@@ -121,3 +140,18 @@ def riformer_micro(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
 @register_model
 def riformer_mini(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
     return _create("riformer_mini", pretrained, **kwargs)
+
+
+@register_model
+def gfnet_h_ti(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    return _create("gfnet_h_ti", pretrained, **kwargs)
+
+
+@register_model
+def gfnet_h_s(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    return _create("gfnet_h_s", pretrained, **kwargs)
+
+
+@register_model
+def gfnet_h_b(pretrained: bool = False, **kwargs: Any) -> GFNet:
+    return _create("gfnet_h_b", pretrained, **kwargs)

@@ -1,7 +1,8 @@
 """Weights in and out: key maps of other projects, strict loading, safetensors, the start from a teacher.
 
-The state dict has timm's keys (`stem.conv`, `stages.i.blocks.j.*`, `head.*`). Read are: mmpretrain's RIFormer (training
-and deploy form) and PoolFormer, the authors' PoolFormer, timm's PoolFormer, and what this module wrote.
+The state dict has timm's keys (`stem.conv`, `stages.i.blocks.j.*`, `head.*`), that of a GFNet its authors'. Read are:
+mmpretrain's RIFormer (training and deploy form) and PoolFormer, the authors' PoolFormer, timm's PoolFormer, the authors'
+GFNet-H, and what this module wrote.
 """
 
 import json
@@ -21,6 +22,7 @@ from timm.models._hub import _parse_model_cfg, save_config_for_hf
 from torch import Tensor, nn
 
 from riformer.atomic import replace_file, replace_folder
+from riformer.model.gfnet import GFNet, resample_state
 from riformer.model.metaformer import MetaFormer
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # the Hub's file names, which timm expects
@@ -41,11 +43,15 @@ _KEY_RULES: list[tuple[str, Any]] = [  # pattern, replacement (a string or a fun
 def to_timm_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under timm's keys, from any of the layouts that this module reads.
 
+    GFNet's keys stay the authors'.
+
     Shape: mmpretrain's affine weights [C, 1, 1, 1] become [C]; all others stay.
 
     Raises:
         ValueError: two keys would get one name.
     """
+    if _is_gfnet(state):
+        return dict(state)
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         key = name
@@ -56,6 +62,18 @@ def to_timm_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name!r} and an earlier key of the checkpoint both mean {key!r}")
         renamed[key] = tensor.flatten() if is_affine else tensor
     return renamed
+
+
+def _is_gfnet(state: Mapping[str, Tensor]) -> bool:
+    return any(key.endswith(".filter.complex_weight") for key in state)
+
+
+def fit_state(file: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint gives `model`: keys renamed, and what is bound to a token grid resampled to the model's."""
+    for name in ("state_dict", "model"):
+        file = file.get(name, file)
+    state = to_timm_keys(file)
+    return resample_state(state, model) if isinstance(model, GFNet) else state
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -111,13 +129,15 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict]:
     Raises:
         ValueError: the sizes are those of no variant, or the mixers have weights of an unknown kind.
     """
-    from riformer.model.variants import VARIANTS  # which imports this module's key map
+    from riformer.model.variants import GFNETS, VARIANTS  # which imports this module's key map
 
-    renamed = to_timm_keys(state)
-    blocks = {m.groups() for key in renamed if (m := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
+    renamed, is_gfnet = to_timm_keys(state), _is_gfnet(state)
+    block, variants = ("blocks.{}.{}.", GFNETS) if is_gfnet else ("stages.{}.blocks.{}.", VARIANTS)
+    pattern = re.escape(block).replace(r"\{\}", r"(\d+)")
+    blocks = {m.groups() for key in renamed if (m := re.match(pattern, key))}
     depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(len({stage for stage, _ in blocks})))
-    dims = tuple(_numel(renamed, f"stages.{i}.blocks.0.norm2.weight") for i in range(len(depths)))
-    sizes = {name: (size["depths"], size["dims"]) for name, size in VARIANTS.items()}
+    dims = tuple(_numel(renamed, block.format(i, 0) + "norm2.weight") for i in range(len(depths)))
+    sizes = {name: (size["depths"], size["dims"]) for name, size in variants.items()}
     if (depths, dims) not in sizes.values():
         raise ValueError(
             f"no variant has depths {depths} and dims {dims}, which is what keys like {sorted(state)[:3]} say; "
@@ -126,18 +146,21 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict]:
     name = next(name for name, size in sizes.items() if size == (depths, dims))
 
     mixer_keys = {key.split("token_mixer.")[1] for key in renamed if "token_mixer." in key}
-    if mixer_keys == {"weight", "bias"}:
-        args: dict[str, Any] = {}
+    args: dict[str, Any] = {}
+    if is_gfnet:
+        height = len(renamed["blocks.0.0.filter.complex_weight"])
+        args = {"img_size": (4 * height, 4 * _numel(renamed, "pos_embed") // (dims[0] * height))}
+        args = {} if args["img_size"] == (224, 224) else args
     elif not mixer_keys:
         args = {"mixer": "identity" if any(".norm_reparam." in key for key in state) else "pooling"}
-    else:
+    elif mixer_keys != {"weight", "bias"}:
         raise ValueError(f"mixer weights named {sorted(mixer_keys)} belong to no mixer that checkpoints are read for")
-    if not any("layer_scale" in key for key in renamed):
+    if not is_gfnet and not any("layer_scale" in key for key in renamed):
         args["layer_scale_init"] = 0
-    stem = renamed.get("stem.conv.weight")
+    stem = renamed.get("patch_embed.0.proj.weight" if is_gfnet else "stem.conv.weight")
     if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
         args["in_chans"] = stem.shape[1]
-    if (num_classes := _numel(renamed, "head.fc.bias")) != 1000:
+    if (num_classes := _numel(renamed, "head.bias" if is_gfnet else "head.fc.bias")) != 1000:
         args["num_classes"] = num_classes
     return name, args
 
