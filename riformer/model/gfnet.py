@@ -8,7 +8,6 @@ norms are per token, and the position embedding is added once, after the first p
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices

@@ -1,8 +1,8 @@
 """Weights in and out: key maps of other projects, strict loading, safetensors, the start from a teacher.
 
-The state dict has timm's keys (`stem.conv`, `stages.i.blocks.j.*`, `head.*`), that of a GFNet its authors'. Read are:
-mmpretrain's RIFormer (training and deploy form) and PoolFormer, the authors' PoolFormer, timm's PoolFormer, the authors'
-GFNet-H, and what this module wrote.
+The state dict has timm's keys (`stem.conv`, `stages.i.blocks.j.*`, `head.*`), that of a GFNet its authors'. Read are
+mmpretrain's RIFormer (training and deploy form) and PoolFormer, the PoolFormer and the GFNet-H of their authors, timm's
+PoolFormer, and what this module wrote.
 """
 
 import json
