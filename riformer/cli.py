@@ -27,7 +27,7 @@ from torch import nn
 from riformer.config import DataConfig, Recipe, from_dict
 from riformer.deploy.parity import compare
 from riformer.deploy.predict import Prediction, find_images, predict
-from riformer.model.fuse import fold, fuse
+from riformer.model.fuse import deploy_form, fold, fuse
 from riformer.model.mixers import MIXERS
 from riformer.model.weights import convert, load, save
 from riformer.progress import TrainProgress
@@ -185,7 +185,7 @@ def predict_verb(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
     images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
-    predictions = predict(fuse(_load(options.model)), images, options.top_k, options.batch_size)
+    predictions = predict(deploy_form(_load(options.model)), images, options.top_k, options.batch_size)
     failed = False
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
     table = Table(Column("image", overflow="fold"), *headings)

@@ -54,7 +54,7 @@ class ModelConfig:
     """The network that is trained: a registered name, and arguments that differ from the name's own."""
 
     name: str = "riformer_s12"
-    """model name, see `riformer list`"""
+    """model name, see `riformer list`, or any of timm's; the next six settings are riformer_*'s"""
     mixer: str = "affine"
     """token mixer, see `riformer list`; affine is RIFormer's training form"""
     depths: tuple[int, ...] | None = None
@@ -69,14 +69,22 @@ class ModelConfig:
     """first value of the layer scales; null keeps the name's own"""
     drop_path_rate: float = 0.0
     """stochastic depth of the last block, rising linearly from 0 at the first"""
+    args: dict[str, Any] = field(default_factory=dict, hash=False)
+    """further arguments of the model's constructor, as JSON"""
+    start: str = ""
+    """weights to start from, named like distill.logit_teacher; a classifier for other classes starts anew"""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """The token-mixer network that a run trains for itself first, when a teacher is named "own"."""
 
+    name: str = ""
+    """its model name, any of timm's; empty for the student's own sizes with the next setting's mixer"""
     mixer: str = "pooling"
     """token mixer of the teacher, whose other sizes are the student's"""
+    args: dict[str, Any] = field(default_factory=dict, hash=False)
+    """further arguments of a named teacher's constructor, as JSON"""
     epochs: int = 120
     """epochs of the teacher's own training, on labels"""
     lr: float = 1e-3
@@ -87,11 +95,19 @@ class TeacherConfig:
 class DistillConfig:
     """What the network learns from: weights of the terms, and the two teachers behind them."""
 
-    logit_teacher: str = ""
-    """whose logits are learned: "own" (trained first in the same run), a run folder, a model folder or file, or
-    timm:NAME for a pretrained model; empty for none"""
+    logit_teacher: str | tuple[str, ...] = ""
+    """whose logits are learned: "own" (trained first in the same run), a run folder, a model folder or file, timm:NAME
+    for a pretrained model, timm:NAME@FILE for one with your weights, local-dir:FOLDER or hf-hub:NAME; a list of such
+    for the mean of their probabilities; empty for none"""
+    logit_teacher_weights: tuple[float, ...] = ()
+    """shares of several logit teachers in that mean; empty for equal ones"""
     module_teacher: str = ""
-    """whose blocks and mixers are imitated, and whose weights the student may start from; named like logit_teacher"""
+    """whose blocks and mixers are imitated, and whose weights the student may start from; named like one logit
+    teacher"""
+    teacher_img_size: int = 0
+    """pixels at which teachers see the images; 0 for each one's own size, to which images are resized"""
+    compile_teachers: bool = False
+    """torch.compile the teachers"""
     start_from_teacher: bool = False
     """start from the module teacher's weights, all but its mixers"""
     label_weight: float = 1.0
@@ -118,6 +134,17 @@ class DistillConfig:
     """how the three imitation weights go over training: constant, cosine to zero, or on for the first part only"""
     phase: float = 0.5
     """share of training that the first_phase schedule lasts"""
+
+    @property
+    def logit_teachers(self) -> tuple[str, ...]:
+        """The logit teachers, none, one or several."""
+        named = (self.logit_teacher,) if isinstance(self.logit_teacher, str) else self.logit_teacher
+        return tuple(name for name in named if name)
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the run trains a teacher of its own first."""
+        return "own" in (*self.logit_teachers, self.module_teacher)
 
 
 @dataclass(frozen=True)
@@ -227,7 +254,7 @@ def check(recipe: Recipe) -> None:
         (recipe.model, {"drop_path_rate": (0.0, 1 - 1e-6)}),
         (recipe.teacher, {"epochs": count, "lr": positive}),
         (distill, {**dict.fromkeys(weights, any_count), "temperature": positive}),
-        (distill, {"relation_tokens": count, "phase": (1e-6, 1.0)}),
+        (distill, {"relation_tokens": count, "phase": (1e-6, 1.0), "teacher_img_size": any_count}),
         (optim, {"lr": positive, "min_lr": (0, optim.lr), "weight_decay": any_count, "epochs": count}),
         (optim, {"warmup_epochs": any_count, "batch_size": count, "accumulation": count, "clip_grad": any_count}),
         (optim, {"label_smoothing": (0.0, 1 - 1e-6), "ema_decay": (0.0, 1 - 1e-6)}),
@@ -242,8 +269,17 @@ def check(recipe: Recipe) -> None:
     elif not logits:
         problems.append("label, soft and hard weight in distill are 0: the classifier would learn nothing")
     asks = distill.soft_weight or distill.hard_weight
-    refuse(distill, "logit_teacher", bool(asks) and not distill.logit_teacher, "soft_weight or hard_weight needs one")
-    refuse(distill, "logit_teacher", bool(distill.logit_teacher) and not asks, "soft_weight and hard_weight are 0")
+    teachers = distill.logit_teachers
+    refuse(distill, "logit_teacher", bool(asks) and not teachers, "soft_weight or hard_weight needs one")
+    refuse(distill, "logit_teacher", bool(teachers) and not asks, "soft_weight and hard_weight are 0")
+    shares = distill.logit_teacher_weights
+    refuse(
+        distill,
+        "logit_teacher_weights",
+        bool(shares) and len(shares) != len(teachers),
+        f"there are {len(teachers)} logit teachers",
+    )
+    refuse(distill, "logit_teacher_weights", any(share <= 0 for share in shares), "shares must be positive")
     takes = imitation or distill.start_from_teacher
     refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
     refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
@@ -253,6 +289,12 @@ def check(recipe: Recipe) -> None:
         changed = getattr(section, name) != getattr(type(section)(), name)
         refuse(section, name, changed and not unless, f"has no effect: {why}")
 
+    foreign = not recipe.model.name.startswith("riformer_")
+    for name in ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init"):
+        idle(recipe.model, name, not foreign, f"{recipe.model.name} is no riformer_*; use model.args")
+    idle(recipe.teacher, "args", recipe.teacher.name, "teacher.name is empty")
+    for name in ("teacher_img_size", "compile_teachers"):
+        idle(distill, name, teachers or distill.module_teacher, "no teacher is named")
     idle(distill, "temperature", distill.soft_weight, "soft_weight is 0")
     idle(distill, "block_match", distill.block_weight, "block_weight is 0")
     idle(distill, "relation_tokens", distill.relation_weight, "relation_weight is 0")

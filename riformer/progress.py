@@ -57,6 +57,8 @@ class TrainProgress:
             self.trainings[line["run"]] = _Training(task)
             if 0 < line["step"] < line["num_steps"]:
                 self.console.print(f"{line['run']}: going on at step {line['step']}", highlight=False, soft_wrap=True)
+            for pair in line["pairs"]:
+                self.console.print(f"{line['run']}: {pair}", highlight=False, soft_wrap=True)
             return
         training = self.trainings[line["run"]]
         if line["kind"] == "step":

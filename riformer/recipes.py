@@ -91,11 +91,16 @@ def full(recipe: Recipe) -> Recipe:
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
-    """The training of a run's own teacher: the student's sizes with a token mixer, on labels alone."""
+    """The training of a run's own teacher: the student's sizes with a token mixer or a named model, on labels alone."""
+    teacher = recipe.teacher
+    if teacher.name:
+        model = ModelConfig(name=teacher.name, drop_path_rate=recipe.model.drop_path_rate, args=teacher.args)
+    else:
+        model = replace(recipe.model, mixer=teacher.mixer, start="")
     return replace(
         recipe,
         name=f"{recipe.name}-teacher",
-        model=replace(recipe.model, mixer=recipe.teacher.mixer),
+        model=model,
         distill=LABELS,
         optim=replace(recipe.optim, epochs=recipe.teacher.epochs, lr=recipe.teacher.lr),
     )

@@ -1,17 +1,16 @@
 """Student + teachers + weights -> named scalars: L = sum of weight * term (RIFormer, training paradigm)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor, nn
 
 from riformer.distill import losses
-from riformer.distill.taps import tap, unwrapped
-from riformer.distill.teachers import Teacher, match_blocks, mixer_name
+from riformer.distill.imitation import TERMS as IMITATION
+from riformer.distill.imitation import Imitation
+from riformer.distill.teachers import Ensemble, Teacher
 
-IMITATION = ("block", "mixer", "relation")
 TERMS = ("label", "hard", "soft", *IMITATION)
 
 
@@ -32,59 +31,44 @@ class Objective:
         student: the model that learns, possibly wrapped by DDP or torch.compile (not yet called, if compiled).
         weights: weight of each term by name (label, hard, soft, block, mixer, relation); a weight of 0 skips the term.
         logit_teacher: needed by hard and soft.
-        module_teacher: needed by block, mixer and relation. May be the same object as the logit teacher.
+        imitation: student and module teacher, needed by block, mixer and relation. The module teacher may be the logit
+            teacher, or one of them; it then runs once.
 
     Shape: images [N, 3, H, W], targets [N, K] probabilities -> scalars.
 
     Raises:
-        ValueError: a term lacks its teacher, or teacher and student do not fit; before the first step.
+        ValueError: a term lacks its teacher; before the first step.
     """
 
     def __init__(
         self,
         student: nn.Module,
         weights: dict[str, float],
-        logit_teacher: Teacher | None = None,
-        module_teacher: Teacher | None = None,
+        logit_teacher: Teacher | Ensemble | None = None,
+        imitation: Imitation | None = None,
         temperature: float = 1.0,
         label_smoothing: float = 0.0,
-        positions: str | Sequence[str] = "last",
-        block_match: str = "normalised",
-        relation_tokens: int = 196,
     ):
         self.student = student
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.logit_teacher = logit_teacher if {"hard", "soft"} & self.weights.keys() else None
-        self.module_teacher = module_teacher if set(IMITATION) & self.weights.keys() else None
-        for names, teacher, role in (
-            (("hard", "soft"), self.logit_teacher, "logit"),
-            (IMITATION, self.module_teacher, "module"),
-        ):
-            if teacher is None and set(names) & self.weights.keys():
-                raise ValueError(f"the terms {sorted(set(names) & self.weights.keys())} need a {role} teacher")
-        self.pairs = []
-        if self.module_teacher:
-            self.pairs = match_blocks(unwrapped(student), self.module_teacher.model, positions)
+        asks, imitates = {"hard", "soft"} & self.weights.keys(), set(IMITATION) & self.weights.keys()
+        if asks and logit_teacher is None:
+            raise ValueError(f"the terms {sorted(asks)} need a logit teacher")
+        if imitates and imitation is None:
+            raise ValueError(f"the terms {sorted(imitates)} need a module teacher")
+        self.logit_teacher = logit_teacher if asks else None
+        self.imitation = imitation if imitates else None
+        self._runs_once = bool(self.logit_teacher and imitation and imitation.teacher in self.logit_teacher.modules())
         self.logit_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "label": lambda logits, targets: losses.label(logits, targets, label_smoothing),
             "hard": losses.hard,
             "soft": lambda logits, teacher: losses.soft(logits, teacher, temperature),
         }
-        self.module_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "block": lambda student, teacher: losses.block(student, teacher, block_match),
-            "mixer": losses.mixer,
-            "relation": lambda student, teacher: losses.relation(student, teacher, relation_tokens),
-        }
         self._taps = ExitStack()
 
     def __enter__(self) -> "Objective":
-        self._own, self._theirs = {}, {}
-        if self.module_teacher:
-            student, teacher = unwrapped(self.student), self.module_teacher.model
-            own = [name for block, _ in self.pairs for name in (block, mixer_name(student, block))]
-            theirs = [name for _, block in self.pairs for name in (block, mixer_name(teacher, block))]
-            self._own = self._taps.enter_context(tap(student, own))
-            self._theirs = self._taps.enter_context(tap(teacher, theirs))
+        if self.imitation:
+            self._taps.enter_context(self.imitation.tapped())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -92,11 +76,10 @@ class Objective:
 
     def __call__(self, images: Tensor, targets: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
         """`loss`, the student's logits as `output`, and every active term unweighted; `scale` is that of imitation."""
-        self._own.clear()
+        imitated = self.imitation if scale > 0 else None
+        if imitated:
+            imitated.forget()
         output = self.student(images)
-        imitated = self.module_teacher if scale > 0 else None
-        if imitated and not self._own:
-            raise RuntimeError("the student ran but its modules were not seen: tap it before its first compiled call")
         teacher_logits = self.logit_teacher(images) if self.logit_teacher else None
         terms = {
             name: term(output, targets if name == "label" else teacher_logits)
@@ -104,20 +87,8 @@ class Objective:
             if name in self.weights
         }
         if imitated:
-            if imitated is not self.logit_teacher:
-                imitated(images)
-            terms |= self._imitation(imitated.model)
+            if not self._runs_once:
+                imitated.teacher(images)
+            terms |= imitated.terms()
         loss = sum(self.weights[name] * (scale if name in IMITATION else 1) * term for name, term in terms.items())
         return {"loss": loss, "output": output, **terms}
-
-    def _imitation(self, teacher: nn.Module) -> dict[str, Tensor]:
-        """Choice: the mean over the positions, so that a weight means the same with one position as with many."""
-        student = unwrapped(self.student)
-        terms = {}
-        for name, term in self.module_terms.items():
-            if name in self.weights:
-                pairs = self.pairs
-                if name == "mixer":
-                    pairs = [(mixer_name(student, own), mixer_name(teacher, theirs)) for own, theirs in pairs]
-                terms[name] = torch.stack([term(self._own[own], self._theirs[theirs]) for own, theirs in pairs]).mean()
-        return terms

@@ -1,34 +1,49 @@
-"""Teachers: built from a reference, frozen, given images under their own normalisation; and where their modules are."""
+"""Teachers: built from a reference, frozen, given images at their own size under their own normalisation."""
 
-import re
 from collections.abc import Sequence
-from math import ceil
+from inspect import signature
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riformer.model.weights import load
-
-# Class name -> pattern of a block's module name (stage, index), and the mixer's name inside a block. Ours and timm's
-# MetaFormer share both the class name and the module names.
-TEACHER_MODULES = {"MetaFormer": (r"stages\.(\d+)\.blocks\.(\d+)", "token_mixer")}
+from riformer.model.weights import load, read_checkpoint
 
 
 class Teacher(nn.Module):
-    """A frozen model that sees the student's images under its own mean and standard deviation.
+    """A frozen model that sees the student's images at its own size, under its own mean and standard deviation.
 
     It stays in eval mode whatever `train()` is told, its parameters take no gradient, and its forward builds no graph.
+
+    Choice: images of another size than the teacher's are resized bicubically, because a teacher is best at the size
+    that it was trained for; another size can be asked for.
+
+    Args:
+        model: built by timm, so that it notes its normalisation and size.
+        student_mean: of the pixels that it will be given.
+        student_std: likewise.
+        img_size: height and width at which it sees them, pixels; 0 takes what the model notes.
+        compile: torch.compile it, at the first forward pass.
 
     Shape: [N, 3, H, W], normalised for the student -> [N, K] logits.
     """
 
-    def __init__(self, model: nn.Module, student_mean: Sequence[float], student_std: Sequence[float]):
+    def __init__(
+        self,
+        model: nn.Module,
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+        img_size: int = 0,
+        compile: bool = False,
+    ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         config = cast(dict, model.pretrained_cfg)
+        self.size = (img_size, img_size) if img_size else tuple(config["input_size"][-2:])
+        self.to_compile = compile
         mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
         scale = torch.tensor(student_std) / std
         self.register_buffer("scale", scale.view(-1, 1, 1))
@@ -37,85 +52,116 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         return self
 
+    def see(self, images: Tensor) -> Tensor:
+        """The images as the teacher is given them. Shape: [N, 3, H, W] -> [N, 3, *size]."""
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return images * self.scale + self.shift
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images * self.scale + self.shift)
+        if self.to_compile:  # not sooner: what taps the modules must come before the first compiled call
+            self.model.compile()
+            self.to_compile = False
+        return self.model(self.see(images))
+
+
+class Ensemble(nn.Module):
+    """Several teachers as one: the logarithm of the weighted mean of their probabilities.
+
+    The soft term to it differs from the weighted sum of the soft terms by a constant alone (at temperature 1).
+
+    Shape: [N, 3, H, W] -> [N, K].
+
+    Raises:
+        ValueError: another number of weights than of teachers, or weights that are not positive.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] = ()):
+        super().__init__()
+        weights = tuple(weights) or (1.0,) * len(teachers)
+        if len(weights) != len(teachers) or min(weights) <= 0:
+            raise ValueError(f"{len(teachers)} logit teachers take as many positive weights, not {weights}")
+        self.teachers = nn.ModuleList(teachers)
+        self.register_buffer("log_weights", (torch.tensor(weights) / sum(weights)).log())
+
+    def train(self, mode: bool = True) -> "Ensemble":
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        log_probabilities = torch.stack([teacher(images).float().log_softmax(1) for teacher in self.teachers])
+        return (log_probabilities + self.log_weights.view(-1, 1, 1)).logsumexp(0)
+
+
+def open_model(reference: str, img_size: int = 0) -> nn.Module:
+    """The model that `reference` names, with its weights.
+
+    - `timm:NAME` with timm's pretrained weights, `timm:NAME@FILE` with those in a checkpoint file
+    - `local-dir:FOLDER` or `hf-hub:OWNER/NAME`, as timm reads them
+    - a run folder, a model folder, or a checkpoint file of an architecture that this package knows
+
+    Args:
+        reference: as above.
+        img_size: pixels that a model bound to a token grid is built for, its weights resampled; 0 keeps its own.
+
+    Raises:
+        ValueError: nothing can be read there.
+    """
+    if not reference.startswith(("timm:", "local-dir:", "hf-hub:")):
+        return load(Path(reference))
+    name, _, file = reference.removeprefix("timm:").partition("@")
+    args: dict[str, Any] = {}
+    try:
+        if img_size and takes_img_size(name):
+            args["img_size"] = img_size
+        if file:
+            state = read_checkpoint(file)
+            classes = _num_classes(name, state)
+            args |= {**classes, "pretrained_cfg_overlay": {"state_dict": state, **classes}}
+        model = timm.create_model(name, pretrained=True, **args)
+    except RuntimeError as error:  # which timm raises for unknown names, missing weights and weights that do not fit
+        raise ValueError(f"{reference}: {error}") from error
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def takes_img_size(name: str, **args: Any) -> bool:
+    """Whether timm's model of this name is built for one image size, which its constructor must then be told."""
+    with torch.device("meta"):
+        classes = type(timm.create_model(name, **args)).__mro__
+    return any("img_size" in signature(cls.__init__).parameters for cls in classes)
+
+
+def _num_classes(name: str, state: dict[str, Tensor]) -> dict[str, int]:
+    """As an argument, when the checkpoint's classifier tells it."""
+    classifier = timm.get_pretrained_cfg_value(name, "classifier")
+    weight = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    return {} if weight is None else {"num_classes": len(weight)}
 
 
 def build_teacher(
-    reference: str, num_classes: int | None, student_mean: Sequence[float], student_std: Sequence[float]
+    reference: str,
+    num_classes: int | None,
+    student_mean: Sequence[float],
+    student_std: Sequence[float],
+    img_size: int = 0,
+    compile: bool = False,
 ) -> Teacher:
-    """The teacher that `reference` names: `timm:NAME` (pretrained), or a run folder, model folder or checkpoint file.
+    """The teacher that `reference` names, see `open_model`; `img_size` and `compile` as for `Teacher`.
 
     `num_classes` is that of the data, or None for a teacher whose logits do not matter.
 
     Raises:
-        ValueError: nothing can be read there, or it knows another number of classes than the data.
+        ValueError: nothing can be read there, or it knows another number of classes than the data, or takes other
+            images than RGB.
     """
-    if reference.startswith("timm:"):
-        model = timm.create_model(reference.removeprefix("timm:"), pretrained=True)
-    else:
-        model = load(Path(reference))
+    model = open_model(reference, img_size)
     if num_classes is not None and model.num_classes != num_classes:
         raise ValueError(
             f"teacher {reference} has {model.num_classes} classes, but the data has {num_classes}: "
             f'train one on this data, or name it "own"'
         )
-    return Teacher(model, student_mean, student_std)
-
-
-def block_names(model: nn.Module) -> list[list[str]]:
-    """Module names of the blocks, a list for each stage.
-
-    Raises:
-        ValueError: the model's class is not in TEACHER_MODULES.
-    """
-    pattern, _ = _modules_of(model)
-    stages: dict[int, list[str]] = {}
-    for name, _ in model.named_modules():
-        if found := re.fullmatch(pattern, name):
-            stages.setdefault(int(found[1]), []).append(name)
-    return [stages[i] for i in sorted(stages)]
-
-
-def mixer_name(model: nn.Module, block: str) -> str:
-    """Module name of the token mixer inside the block."""
-    return f"{block}.{_modules_of(model)[1]}"
-
-
-def _modules_of(model: nn.Module) -> tuple[str, str]:
-    name = type(model).__name__
-    if name not in TEACHER_MODULES:
-        raise ValueError(f"{name} is not known as a module teacher; known are {sorted(TEACHER_MODULES)}")
-    return TEACHER_MODULES[name]
-
-
-def match_blocks(student: nn.Module, teacher: nn.Module, positions: str | Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of block names (student's, teacher's) that imitation compares.
-
-    `positions` is "last" (of each stage), "all", or a list of the student's block names. Where a stage of the teacher
-    has another depth, a block imitates the teacher's block at the same relative depth.
-
-    Choice: "last" as default; the authors' figure draws one position a stage.
-
-    Raises:
-        ValueError: the two have different numbers of stages, or a position is not a block of the student.
-    """
-    own, other = block_names(student), block_names(teacher)
-    if len(own) != len(other):
-        raise ValueError(f"the student has {len(own)} stages and the module teacher {len(other)}; imitation pairs them")
-    pairs = {
-        block: theirs[ceil((j + 1) * len(theirs) / len(stage)) - 1]
-        for stage, theirs in zip(own, other, strict=True)
-        for j, block in enumerate(stage)
-    }
-    if positions == "all":
-        chosen = list(pairs)
-    elif positions == "last":
-        chosen = [stage[-1] for stage in own]
-    else:
-        chosen = [positions] if isinstance(positions, str) else list(positions)
-    unknown = [block for block in chosen if block not in pairs]
-    if unknown or not chosen:
-        raise ValueError(f"positions {unknown or chosen} are no blocks of the student; use last, all or {list(pairs)}")
-    return [(block, pairs[block]) for block in chosen]
+    if (channels := model.pretrained_cfg["input_size"][0]) != 3:
+        raise ValueError(f"teacher {reference} takes images of {channels} channels, but the student's have 3")
+    return Teacher(model, student_mean, student_std, img_size, compile)

@@ -42,6 +42,11 @@ def fuse(model: MetaFormer) -> MetaFormer:
     return fused
 
 
+def deploy_form(model: nn.Module) -> nn.Module:
+    """The model as it is used: a MetaFormer fused, any other as it is."""
+    return fuse(model) if isinstance(model, MetaFormer) else model
+
+
 @torch.no_grad()
 def fold(model: MetaFormer) -> MetaFormer:
     """The deploy form without layer scales: `ls1` merged into norm1, `ls2` into fc2. Fuses first where needed.

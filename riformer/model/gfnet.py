@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
-from timm.models import checkpoint_seq, register_notrace_function
+from timm.models import checkpoint_seq, register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -31,6 +31,14 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
+@register_notrace_module
+class TokenFilter(GlobalFilter):
+    """The global filter on channels-last maps. Shape: [N, H, W, C] -> [N, H, W, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class FilterBlock(nn.Module):
     """`x + gamma * mlp(norm2(filter(norm1(x))))`: one residual around filter and MLP together.
 
@@ -40,15 +48,14 @@ class FilterBlock(nn.Module):
     def __init__(self, dim: int, grid: tuple[int, int], mlp_ratio: float, layer_scale_init: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.filter = GlobalFilter(dim, grid)
+        self.filter = TokenFilter(dim, grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.gamma = nn.Parameter(layer_scale_init * torch.ones(dim))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.filter(self.norm1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.drop_path(self.gamma * self.mlp(self.norm2(mixed)))
+        return x + self.drop_path(self.gamma * self.mlp(self.norm2(self.filter(self.norm1(x)))))
 
 
 class GFNet(nn.Module):
@@ -211,17 +218,17 @@ class GFNet(nn.Module):
         return dict(stem=stem, blocks=blocks)
 
 
-def resample_state(state: Mapping[str, Tensor], model: GFNet) -> dict[str, Tensor]:
-    """The checkpoint with position embedding and filters resampled to the grids of `model`, bicubically.
+def resample_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The checkpoint with global filters and GFNet's position embedding resampled to the grids of `model`, bicubically.
 
     Tensors that already fit, and those of other kinds, stay as they are.
     """
     own, resampled = model.state_dict(), dict(state)
     for key, tensor in state.items():
-        if key.endswith("filter.complex_weight") and key in own and tensor.ndim == 4:
+        if key.endswith(".complex_weight") and key in own and tensor.ndim == 4:
             resampled[key] = resample_filter(tensor, *own[key].shape[:2])
     first = state.get("blocks.0.0.filter.complex_weight")
-    if "pos_embed" in state and first is not None and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+    if isinstance(model, GFNet) and first is not None and state["pos_embed"].shape[1] != model.pos_embed.shape[1]:
         grid = (first.shape[0], state["pos_embed"].shape[1] // first.shape[0])
         resampled["pos_embed"] = _resampled(state["pos_embed"], grid, model.grid)
     return resampled

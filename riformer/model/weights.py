@@ -22,7 +22,7 @@ from timm.models._hub import _parse_model_cfg, save_config_for_hf
 from torch import Tensor, nn
 
 from riformer.atomic import replace_file, replace_folder
-from riformer.model.gfnet import GFNet, resample_state
+from riformer.model.gfnet import resample_state
 from riformer.model.metaformer import MetaFormer
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # the Hub's file names, which timm expects
@@ -72,8 +72,7 @@ def fit_state(file: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint gives `model`: keys renamed, and what is bound to a token grid resampled to the model's."""
     for name in ("state_dict", "model"):
         file = file.get(name, file)
-    state = to_timm_keys(file)
-    return resample_state(state, model) if isinstance(model, GFNet) else state
+    return resample_state(to_timm_keys(file), model)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -200,6 +199,25 @@ def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor]) -> None:
     mixers = {key: tensor for key, tensor in student.state_dict().items() if ".token_mixer." in key}
     taken = {key: tensor for key, tensor in to_timm_keys(teacher_state).items() if ".token_mixer." not in key}
     load_strict(student, {**taken, **mixers}, "module teacher")
+
+
+def start_at(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Gives the model the weights that training is to start from: global filters and GFNet's positions resampled.
+
+    A classifier for another number of classes keeps its fresh values; all else must fit.
+
+    Raises:
+        ValueError: anything else differs.
+    """
+    own, state = model.state_dict(), fit_state(state, model)
+    classifier = model.pretrained_cfg["classifier"]
+    heads = (classifier,) if isinstance(classifier, str) else classifier
+    fresh = {
+        key: own[key]
+        for key in own
+        if key.rpartition(".")[0] in heads and key in state and own[key].shape != state[key].shape
+    }
+    load_strict(model, {**state, **fresh}, source)
 
 
 def save(model: nn.Module, path: str | Path) -> Path:

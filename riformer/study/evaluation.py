@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from riformer.config import DataConfig
 from riformer.deploy.parity import compare
-from riformer.distill.teachers import build_teacher
-from riformer.model.fuse import fuse
+from riformer.distill.teachers import Ensemble, Teacher
+from riformer.model.fuse import deploy_form
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
 from riformer.study.cost import count_macs, count_params
 from riformer.study.latency import Spread, images_per_s
 from riformer.train.data import Dataset, ImageList, eval_batches, open_dataset
 from riformer.train.evaluate import Evaluation, evaluate
+from riformer.train.loop import build_teachers
 from riformer.train.run import Run, environment
 
 BATCH_SIZE = 64
@@ -60,18 +61,16 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(run.path).to(device)
-    models = {"student": student, "deploy": fuse(student)}
-    runnables: dict[str, nn.Module] = dict(models)
-    if reference := recipe.distill.logit_teacher:
-        place = str(run.path / "teacher") if reference == "own" else reference
-        teacher = build_teacher(place, num_classes, recipe.data.mean, recipe.data.std).to(device)
-        models = {"teacher": teacher.model, **models}
-        runnables = {"teacher": teacher, **runnables}  # which sees the images under its own normalisation
+    models = {"student": student, "deploy": deploy_form(student)}
+    uncompiled = replace(recipe, distill=replace(recipe.distill, compile_teachers=False))
+    teacher, _ = build_teachers(uncompiled, run, num_classes, device)
+    if teacher:  # which sees the images at its own size, under its own normalisation
+        models = {"teacher": teacher, **models}
 
     rows: dict[str, dict[str, Any]] = {}
     results: dict[str, Evaluation] = {}
     for name, model in models.items():
-        results[name] = evaluate(runnables[name], eval_batches(images, recipe.data, BATCH_SIZE), num_classes)
+        results[name] = evaluate(model, eval_batches(images, recipe.data, BATCH_SIZE), num_classes)
         rows[name] = {
             "name": describe(model),
             **{key: getattr(results[name], key) for key in ("top1", "top5", "loss")},
@@ -138,7 +137,7 @@ def evaluate_model(
     def batches() -> Any:
         return ((x, own_index[y]) for x, y in eval_batches(dataset.splits[split], data, BATCH_SIZE))
 
-    forms = {"as saved": model, "fused": fuse(model)} if isinstance(model, MetaFormer) else {"as saved": model}
+    forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
 
 
@@ -150,7 +149,10 @@ def _chosen_split(data: Dataset, split: str) -> str:
 
 
 def describe(model: nn.Module) -> str:
-    """Architecture and token mixers, such as `riformer_s12 affine`."""
+    """Architecture and token mixers, such as `riformer_s12 affine`; those of all members of an ensemble."""
+    if isinstance(model, Ensemble):
+        return " + ".join(map(describe, model.teachers))
+    model = model.model if isinstance(model, Teacher) else model
     mixers = dict.fromkeys(model.mixers) if isinstance(model, MetaFormer) else {}
     return " ".join([str(model.pretrained_cfg["architecture"]), *mixers])
 

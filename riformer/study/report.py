@@ -82,7 +82,9 @@ class Group:
     @property
     def teachers(self) -> set[str]:
         """The names under `logit_teacher` and `module_teacher`; a recipe without any learns from labels only."""
-        return {self.settings["distill.logit_teacher"], self.settings["distill.module_teacher"]} - {"", None}
+        named = self.settings["distill.logit_teacher"]
+        several = [named] if isinstance(named, str) else named or []
+        return {*several, self.settings["distill.module_teacher"]} - {"", None}
 
     @property
     def top1s(self) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 PATIENCE = timedelta(hours=3)  # while the main process scans a large folder, the others wait
 
@@ -70,6 +70,13 @@ def mean_over_processes(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Makes each gradient the mean over the processes; for parameters that DistributedDataParallel does not hold."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            mean_over_processes(parameter.grad)
 
 
 def is_main_process() -> bool:

@@ -4,9 +4,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
+from itertools import chain
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -17,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
-from riformer.distill.objective import TERMS, Objective, imitation_scale
-from riformer.distill.teachers import Teacher, build_teacher, match_blocks
-from riformer.model.metaformer import MetaFormer
-from riformer.model.weights import save, start_from
+from riformer.distill.imitation import Imitation, match_blocks
+from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_scale
+from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes_img_size
+from riformer.model.weights import save, start_at, start_from
 from riformer.recipes import teacher_recipe
 from riformer.train.data import Dataset, TrainBatches, eval_batches, open_dataset
 from riformer.train.distributed import (
     any_process,
+    average_gradients,
     barrier,
     gather,
     main_process_first,
@@ -55,7 +58,7 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
         RuntimeError: the loss is no longer finite.
     """
     check(recipe)
-    if "own" in (recipe.distill.logit_teacher, recipe.distill.module_teacher):
+    if recipe.distill.trains_teacher:
         check(teacher_recipe(recipe))
     with process_group() as (rank, world_size, device):
         return _train(recipe, Run(folder), progress, rank, world_size, device)
@@ -73,18 +76,29 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         data = open_dataset(recipe.data, recipe.seed, record)
         if main and record is None:
             run.write("data.json", data.record())
-    if distill.logit_teacher == "own" or distill.module_teacher == "own":
+    if distill.trains_teacher:
         _try_on_paper(recipe, data)
         _train(teacher_recipe(recipe), Run(run.path / "teacher"), progress, rank, world_size, device)
 
     # model
+    state = run.load_state()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, data).to(device)
+    if recipe.model.start and not state:
+        start_at(model, open_model(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
 
     # teachers
-    logit_teacher, module_teacher = _build_teachers(recipe, run, data, device)
+    logit_teacher, module_teacher = build_teachers(recipe, run, len(data.classes), device)
     if distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
+    weights = {name: getattr(distill, f"{name}_weight") for name in TERMS}
+    imitation = None
+    if module_teacher and any(weights[name] for name in IMITATION):
+        imitation = Imitation(
+            model, module_teacher, [name for name in IMITATION if weights[name]], recipe.data.img_size,
+            distill.positions, distill.block_match, distill.relation_tokens, recipe.seed,
+        )  # fmt: skip
+    projections = imitation.projections if imitation else nn.ModuleDict()
 
     # optimiser
     batches = TrainBatches(
@@ -94,6 +108,8 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     num_steps = optim.epochs * batches.steps_per_epoch
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
     optimizer = create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
+    if projections:
+        optimizer.add_param_group({"params": list(projections.parameters()), "weight_decay": optim.weight_decay})
     schedule = CosineLRScheduler(
         optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,
         warmup_lr_init=optim.lr / max(1, warmup_steps), warmup_prefix=True, t_in_epochs=False,
@@ -103,11 +119,12 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     # resume
     torch.manual_seed(recipe.seed * 1000 + rank)
     step, best = 0, -1.0
-    if state := run.load_state():
+    if state:
         if state["world_size"] != world_size:
             raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
         step, best = state["step"], state["best"]
         model.load_state_dict(state["model"])
+        projections.load_state_dict(state["projections"])
         optimizer.load_state_dict(state["optimizer"])
         if ema:
             ema.module.load_state_dict(state["ema"])
@@ -120,22 +137,19 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     def tell(line: dict[str, Any]) -> None:
         progress({"run": str(run.path), "name": recipe.name, "num_steps": num_steps, **line})
 
-    tell({"kind": "start", "step": step})
+    tell({"kind": "start", "step": step, "pairs": imitation.describe() if imitation else []})
 
     # objective
     student = torch.compile(model) if optim.compile else model
     if world_size > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
-    objective = Objective(
-        student, {name: getattr(distill, f"{name}_weight") for name in TERMS},
-        logit_teacher, module_teacher, distill.temperature, optim.label_smoothing,
-        distill.positions, distill.block_match, distill.relation_tokens,
-    )  # fmt: skip
+    objective = Objective(student, weights, logit_teacher, imitation, distill.temperature, optim.label_smoothing)
 
     def save_state() -> None:
         rng = gather(_rng_state(device))
         if main:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            states |= {"projections": projections.state_dict()}
             states |= {"ema": ema.module.state_dict()} if ema else {}
             run.save_state({**states, "step": step, "best": best, "rng": rng, "world_size": world_size})
 
@@ -154,8 +168,9 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                     raise RuntimeError(
                         f"the loss is not finite after step {step}: {terms}; lower optim.lr or set optim.clip_grad"
                     )
+                average_gradients(projections)  # which stand outside of what DDP wraps
                 if optim.clip_grad:
-                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+                    nn.utils.clip_grad_norm_(chain(model.parameters(), projections.parameters()), optim.clip_grad)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
@@ -198,16 +213,16 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     return run
 
 
-def build_model(recipe: Recipe, data: Dataset) -> MetaFormer:
-    """The recipe's network in training form, with the data's classes and preprocessing noted on it.
+def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
+    """The recipe's network (riformer_* in training form), with the data's classes and preprocessing noted on it.
 
     Raises:
-        ValueError: the name is not that of a MetaFormer of this package.
+        ValueError: timm knows no such model, or it cannot be built with these arguments.
     """
     config = recipe.model
-    if config.name not in timm.list_models("riformer_*"):
-        raise ValueError(f"model.name is {config.name!r}; known are {timm.list_models('riformer_*')}")
-    overrides = ("depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
+    if not timm.is_model(config.name):
+        near = get_close_matches(config.name, timm.list_models()) or timm.list_models("riformer_*")
+        raise ValueError(f"model.name is {config.name!r}, which timm does not know; did you mean one of {near}?")
     size = recipe.data.img_size
     preprocessing = {
         "url": "",
@@ -217,16 +232,18 @@ def build_model(recipe: Recipe, data: Dataset) -> MetaFormer:
         "std": recipe.data.std,
         "label_names": data.classes,
     }
-    model = timm.create_model(
-        config.name,
-        num_classes=len(data.classes),
-        mixer=config.mixer,
-        img_size=size,
-        drop_path_rate=config.drop_path_rate,
-        pretrained_cfg_overlay=preprocessing,
-        **{name: getattr(config, name) for name in overrides},
-    )
-    return cast(MetaFormer, model)
+    args: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.args}
+    if config.name.startswith("riformer_"):
+        names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
+        args |= {name: getattr(config, name) for name in names}
+    try:
+        if takes_img_size(config.name, **args):
+            args["img_size"] = size
+        return timm.create_model(
+            config.name, num_classes=len(data.classes), pretrained_cfg_overlay=preprocessing, **args
+        )
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
 
 
 def _try_on_paper(recipe: Recipe, data: Dataset) -> None:
@@ -240,22 +257,28 @@ def _try_on_paper(recipe: Recipe, data: Dataset) -> None:
     create_optimizer_v2(student, opt=recipe.optim.name, lr=recipe.optim.lr)
     if recipe.distill.module_teacher == "own":
         match_blocks(student, teacher, recipe.distill.positions)
+        if recipe.distill.start_from_teacher:
+            start_from(student, teacher.state_dict())
 
 
-def _build_teachers(
-    recipe: Recipe, run: Run, data: Dataset, device: torch.device
-) -> tuple[Teacher | None, Teacher | None]:
-    """Logit teacher and module teacher: one object when the recipe names them alike, None where it names none."""
-
-    def build(reference: str, num_classes: int | None) -> Teacher | None:
-        if not reference:
-            return None
-        path = str(run.path / "teacher") if reference == "own" else reference
-        return build_teacher(path, num_classes, recipe.data.mean, recipe.data.std).to(device)
-
-    names = recipe.distill.logit_teacher, recipe.distill.module_teacher
-    logit_teacher = build(names[0], len(data.classes))
-    return logit_teacher, logit_teacher if names[0] == names[1] else build(names[1], None)
+def build_teachers(
+    recipe: Recipe, run: Run, num_classes: int, device: torch.device
+) -> tuple[Teacher | Ensemble | None, Teacher | None]:
+    """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike."""
+    distill = recipe.distill
+    built: dict[str, Teacher] = {}
+    for reference in dict.fromkeys((*distill.logit_teachers, distill.module_teacher)):
+        if reference:
+            path = str(run.path / "teacher") if reference == "own" else reference
+            classes = num_classes if reference in distill.logit_teachers else None
+            built[reference] = build_teacher(
+                path, classes, recipe.data.mean, recipe.data.std, distill.teacher_img_size, distill.compile_teachers
+            ).to(device)
+    logit_teachers = [built[reference] for reference in distill.logit_teachers]
+    module_teacher = built.get(distill.module_teacher)
+    if len(logit_teachers) > 1:
+        return Ensemble(logit_teachers, distill.logit_teacher_weights).to(device), module_teacher
+    return (logit_teachers[0] if logit_teachers else None), module_teacher
 
 
 def _backward(

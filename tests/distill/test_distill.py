@@ -11,19 +11,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import riformer
-from riformer.distill.objective import IMITATION, Objective, imitation_scale
+from riformer.distill.imitation import Imitation, block_names, match_blocks
+from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_scale
 from riformer.distill.taps import tap
-from riformer.distill.teachers import Teacher, block_names, build_teacher, match_blocks
+from riformer.distill.teachers import Ensemble, Teacher, build_teacher
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 NAMES = ["stages.0.blocks.1", "stages.1.blocks.0.token_mixer"]
-TERMS = ("label", "hard", "soft", *IMITATION)
 
 
 def build(mixer: str = "affine", seed: int = 0, **args) -> nn.Module:
     torch.manual_seed(seed)
     args = {"depths": (2, 1), "dims": (8, 16), "layer_scale_init": 0.5, "num_classes": 6, **args}
     return timm.create_model("riformer_s12", mixer=mixer, stem_patch=2, stem_stride=2, img_size=8, **args)
+
+
+def objective(student: nn.Module, weights: dict, teacher=None, module_teacher=None, positions="last") -> Objective:
+    """An objective whose module teacher is the logit teacher unless another one is given."""
+    terms = [name for name in IMITATION if name in weights]
+    imitation = Imitation(student, module_teacher or teacher, terms, 8, positions) if terms else None
+    return Objective(student, weights, teacher, imitation)
 
 
 def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,25 +90,22 @@ def test_objective_refuses_a_student_compiled_before_it_was_tapped():
     compiled = torch.compile(student, backend="eager")
     images, targets = batch()
     compiled(images)
-    objective = Objective(compiled, {"block": 1.0}, module_teacher=Teacher(build("pooling"), MEAN, STD))
-    with objective, pytest.raises(RuntimeError, match="tap it before its first compiled call"):
-        objective(images, targets)
+    imitates = objective(compiled, {"block": 1.0}, Teacher(build("pooling"), MEAN, STD))
+    with imitates, pytest.raises(RuntimeError, match="tap it before its first compiled call"):
+        imitates(images, targets)
 
 
 def test_tap_works_under_ddp(one_process_group):
     model = build()
     images, targets = batch()
-    plain = Objective(model, {"soft": 1.0, "block": 1.0, "mixer": 1.0}, *[Teacher(build("pooling", 1), MEAN, STD)] * 2)
+    weights = {"soft": 1.0, "block": 1.0, "mixer": 1.0}
+    plain = objective(model, weights, Teacher(build("pooling", 1), MEAN, STD))
     with plain:
         expected = plain(images, targets)
         expected["loss"].backward()
     gradient = model.stem.conv.weight.grad.clone()
     model.zero_grad()
-    wrapped = Objective(
-        DistributedDataParallel(model),
-        {"soft": 1.0, "block": 1.0, "mixer": 1.0},
-        *[Teacher(build("pooling", 1), MEAN, STD)] * 2,
-    )
+    wrapped = objective(DistributedDataParallel(model), weights, Teacher(build("pooling", 1), MEAN, STD))
     with wrapped:
         actual = wrapped(images, targets)
         actual["loss"].backward()
@@ -116,6 +120,71 @@ def test_teacher_stays_frozen_in_eval_and_gives_no_gradient():
     assert not any(module.training for module in teacher.model.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher(images.requires_grad_()).requires_grad
+
+
+def test_teacher_sees_images_at_its_own_size_or_the_one_asked_for():
+    model, sizes = build("pooling").eval(), []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+    images = torch.randn(2, 3, 12, 12)
+    config = model.pretrained_cfg
+    logits = Teacher(model, config["mean"], config["std"])(images)
+    Teacher(model, MEAN, STD, img_size=16)(images)
+    assert sizes == [(2, 3, 8, 8), (2, 3, 16, 16)]
+    resized = nn.functional.interpolate(images, (8, 8), mode="bicubic", antialias=True)
+    assert_close(logits, model(resized), atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_teacher_is_still_seen_by_imitation():
+    torch._dynamo.reset()
+    images, targets = batch()
+    losses = []
+    for compiled in (False, True):
+        teacher = Teacher(build("pooling", 1), MEAN, STD, compile=compiled)
+        with objective(build(), {"soft": 1.0, "block": 1.0, "mixer": 1.0}, teacher) as learns:
+            losses.append([learns(images[:size], targets[:size])["loss"].detach() for size in (4, 2)])
+        assert (teacher.model._compiled_call_impl is not None) is compiled
+    assert_close(losses[0], losses[1])
+    assert losses[0][0] != losses[0][1]
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 1.0, 1.0), (3.0, 1.0, 4.0)])
+def test_an_ensemble_pulls_like_the_weighted_sum_of_its_teachers(weights):
+    teachers = [Teacher(build("pooling", seed), MEAN, STD) for seed in (1, 2, 3)]
+    for teacher in teachers:
+        nn.init.normal_(teacher.model.head.fc.weight)
+    images, targets = batch()
+    shares = [share / sum(weights or (3,)) for share in weights or (1, 1, 1)]
+    gradients = []
+    for learns, factors in (
+        ([objective(build(), {"soft": 1.0}, Ensemble(teachers, weights))], [1]),
+        ([objective(build(), {"soft": 1.0}, teacher) for teacher in teachers], shares),
+    ):
+        student = learns[0].student
+        for one, factor in zip(learns, factors, strict=True):
+            one.student = student
+            (factor * one(images, targets)["loss"]).backward()
+        gradients.append(student.head.fc.weight.grad)
+    assert_close(*gradients)
+    probabilities = [share * teacher(images).softmax(1) for share, teacher in zip(shares, teachers, strict=True)]
+    assert_close(Ensemble(teachers, weights)(images).softmax(1), sum(probabilities))
+
+
+def test_an_ensemble_of_wrong_shares_is_refused():
+    teacher = Teacher(build("pooling"), MEAN, STD)
+    for weights in ((1.0,), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="2 logit teachers take as many positive weights"):
+            Ensemble([teacher, teacher], weights)
+
+
+def test_a_module_teacher_in_the_ensemble_runs_once():
+    teachers = [Teacher(build("pooling", seed), MEAN, STD) for seed in (1, 2)]
+    calls = []
+    teachers[1].model.stem.register_forward_hook(lambda *_: calls.append(1))
+    images, targets = batch()
+    with objective(build(), {"soft": 1.0, "block": 1.0}, Ensemble(teachers), teachers[1]) as learns:
+        calls.clear()
+        learns(images, targets)
+    assert len(calls) == 1
 
 
 def test_teacher_sees_its_own_normalisation():
@@ -153,24 +222,28 @@ def test_positions_pair_blocks_by_relative_depth():
     assert match_blocks(student, teacher, (first,)) == [(first, last)]
     with pytest.raises(ValueError, match="are no blocks of the student"):
         match_blocks(student, teacher, ["stages.0.blocks.5"])
-    with pytest.raises(ValueError, match="2 stages and the module teacher 3"):
-        match_blocks(student, build("pooling", depths=(1, 1, 1), dims=(8, 8, 8)), "last")
+    other = build("pooling", depths=(2, 3, 1), dims=(8, 8, 8))  # another number of stages: by depth in the network
+    assert match_blocks(student, other, "all") == [
+        ("stages.0.blocks.0", "stages.0.blocks.1"),
+        (first, "stages.1.blocks.1"),
+        ("stages.1.blocks.0", "stages.2.blocks.0"),
+    ]
 
 
-def test_timm_poolformer_is_a_module_teacher_and_other_families_are_refused():
-    with torch.device("meta"):
-        poolformer = timm.create_model("poolformer_s12")
-        assert [len(stage) for stage in block_names(poolformer)] == [2, 2, 6, 2]
-        with pytest.raises(ValueError, match="ResNet is not known as a module teacher"):
-            block_names(timm.create_model("resnet18"))
+def test_an_unknown_family_is_refused_with_what_to_add():
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"ResNet is not known as a module teacher.*give FAMILIES in .* a line"),
+    ):
+        block_names(timm.create_model("resnet18"))
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_each_term_alone_reaches_the_student_and_never_the_teacher(term):
     student, teacher = build(), Teacher(build("attention", seed=1), MEAN, STD)
     images, targets = batch()
-    with Objective(student, {term: 2.0}, teacher, teacher, positions="all") as objective:
-        terms = objective(images, targets)
+    with objective(student, {term: 2.0}, teacher, positions="all") as learns:
+        terms = learns(images, targets)
     assert set(terms) == {"loss", "output", term}
     assert_close(terms["loss"], 2 * terms[term])
     terms["loss"].backward()
@@ -187,8 +260,8 @@ def test_the_whole_objective_gives_every_parameter_a_gradient_and_adds_up():
             nn.init.normal_(parameter, 0.5)
     weights = dict(zip(TERMS, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), strict=True))
     images, targets = batch()
-    with Objective(student, weights, teacher, teacher) as objective:
-        terms = objective(images, targets, scale=0.5)
+    with objective(student, weights, teacher) as learns:
+        terms = learns(images, targets, scale=0.5)
     expected = sum(w * terms[name] * (0.5 if name in IMITATION else 1) for name, w in weights.items())
     assert_close(terms["loss"], expected)
     assert_close(terms["output"], student(images))
@@ -203,10 +276,10 @@ def test_module_teacher_rests_while_imitation_is_off():
     calls = []
     other.register_forward_hook(lambda *_: calls.append(1))
     images, targets = batch()
-    with Objective(student, {"soft": 1.0, "block": 1.0}, teacher, other) as objective:
-        assert "block" in objective(images, targets)
+    with objective(student, {"soft": 1.0, "block": 1.0}, teacher, other) as learns:
+        assert "block" in learns(images, targets)
         assert len(calls) == 1
-        assert "block" not in objective(images, targets, scale=0.0)
+        assert "block" not in learns(images, targets, scale=0.0)
         assert len(calls) == 1
 
 

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_resolution_is_told_from_its_shapes(gfnet, tmp_p
 
 
 def test_the_filter_is_computed_in_float32_under_autocast_and_in_a_bf16_model(gfnet):
-    x = images(2, 8, 16, 16)
+    x = images(2, 16, 16, 8)
     mixer = gfnet.blocks[0][0].filter
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(mixer(x), mixer(x.float()), rtol=0, atol=0)
