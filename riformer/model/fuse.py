@@ -5,6 +5,7 @@ Fuse: a mixer that is per channel and linear merges into the norm before it, `we
 Fold: a layer scale merges into its neighbour, `ls1` into norm1 and `ls2` into fc2, and disappears.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -63,6 +64,15 @@ def fold(model: MetaFormer) -> MetaFormer:
         block.layer_scale1 = nn.Identity().train(block.training)
         block.layer_scale2 = nn.Identity().train(block.training)
     return folded
+
+
+def mixing(model: MetaFormer) -> str:
+    """The mixers that a fuse leaves, because they mix tokens, by name and with commas; empty where there is none."""
+    return ", ".join(dict.fromkeys(mixer for mixer in fuse(model).mixers if mixer != "identity"))
+
+
+FORMS: dict[str, Callable[[MetaFormer], MetaFormer]] = {"training": lambda model: model, "deploy": fuse, "folded": fold}
+"""What makes each form of a network that was trained."""
 
 
 def _unwrapped(model: nn.Module, verb: str) -> MetaFormer:
