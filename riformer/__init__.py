@@ -5,8 +5,19 @@ Importing this package registers the models with timm: `timm.create_model("rifor
 
 from riformer.model import variants as variants
 from riformer.model.fuse import fold, fuse
+from riformer.model.hub import from_pretrained
 from riformer.model.metaformer import MetaFormer
-from riformer.model.weights import load, save, start_from
+from riformer.model.weights import load, save, save_pretrained, start_from
 from riformer.version import __version__
 
-__all__ = ["MetaFormer", "__version__", "fold", "fuse", "load", "save", "start_from"]
+__all__ = [
+    "MetaFormer",
+    "__version__",
+    "fold",
+    "from_pretrained",
+    "fuse",
+    "load",
+    "save",
+    "save_pretrained",
+    "start_from",
+]

@@ -12,7 +12,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import timm
 import torch
@@ -27,11 +27,14 @@ from torch import nn
 from riformer.config import DataConfig, Recipe, from_dict
 from riformer.deploy.parity import compare
 from riformer.deploy.predict import Prediction, find_images, predict
-from riformer.model.fuse import deploy_form, fold, fuse
+from riformer.model.fuse import FORMS, deploy_form, mixing
+from riformer.model.hub import check_repository, push
+from riformer.model.metaformer import MetaFormer
 from riformer.model.mixers import MIXERS
-from riformer.model.weights import convert, load, save
+from riformer.model.weights import convert, load, save, save_pretrained
 from riformer.progress import TrainProgress
 from riformer.recipes import RECIPES, RUNGS
+from riformer.study.card import model_card
 from riformer.study.cost import count_params
 from riformer.study.evaluation import describe, evaluate_model, evaluate_run
 from riformer.study.ladder import run_ladder, run_recipe
@@ -153,19 +156,11 @@ def fuse_verb(argv: list[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(argv)
     model = load(options.source)
-    fused = fold(model) if options.fold else fuse(model)
-    if mixing := set(fused.mixers) - {"identity"}:
-        raise ValueError(f"{options.source} mixes tokens ({', '.join(mixing)}), which nothing can merge away")
-    images = torch.randn(8, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
-    parity = compare(model, fused, [images.to(next(model.parameters()))])
-    if parity.max_rel > options.tolerance:
-        raise RuntimeError(f"the fused model differs by {parity.max_rel:.2g} of the largest logit; nothing was written")
+    if mixers := mixing(model):
+        raise ValueError(f"{options.source} mixes tokens ({mixers}), which nothing can merge away")
+    fused, difference = _in_form("folded" if options.fold else "deploy", model, options.tolerance)
     save(fused, options.destination)
-    console.print(
-        f"{options.destination}: {describe(fused)}, {count_params(fused):,} parameters, "
-        f"{count_params(model):,} before; largest difference {parity.max_rel:.1e} of the largest logit",
-        highlight=False,
-    )
+    console.print(f"{options.destination}: {_outcome(model, fused, difference)}", highlight=False)
     return 0
 
 
@@ -201,6 +196,37 @@ def predict_verb(argv: list[str]) -> int:
     if table.rows:
         console.print(table)
     return int(failed)
+
+
+def publish(argv: list[str]) -> int:
+    """Writes a run's best model and a model card to a folder that timm reads, and pushes it to the Hugging Face Hub.
+
+    The card is the folder's README.md, with what the run folder says of the model, its accuracy and its training. A
+    model folder that was there is replaced, card and all. Pushing takes a network and a token (`hf auth login`).
+    """
+    parser = _parser(publish)
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("folder", type=str, help="where to write; timm reads it as local-dir:FOLDER")
+    form_help = "deploy (fused), folded (layer scales merged as well), or training (as it was trained)"
+    parser.add_argument("--form", type=Literal["deploy", "folded", "training"], default="deploy", help=form_help)
+    parser.add_argument("--push", type=str, metavar="OWNER/NAME", default="", help="push it to this Hub repository too")
+    parser.add_argument("--private", action="store_true", help="make that repository private, where it is new")
+    options = parser.parse_args(argv)
+    if options.push:
+        check_repository(options.push)
+    elif options.private:
+        raise ValueError("--private is about the repository of --push OWNER/NAME, which was not given")
+    best = Run(options.run).best()
+    if best.resolve() == Path(options.folder).resolve():
+        raise ValueError(f"{options.folder} is the run's own best model, which it goes on needing; give another folder")
+    card, model = model_card(options.run, options.form, options.push), load(best)
+    published, difference = _in_form(options.form, model)
+    save_pretrained(published, options.folder, card)
+    console.print(f"{options.folder}: {_outcome(model, published, difference)}; README.md is its card", highlight=False)
+    if options.push:
+        push(options.folder, options.push, options.private)
+        console.print(f"pushed: hf-hub:{options.push}", highlight=False)
+    return 0
 
 
 def convert_verb(argv: list[str]) -> int:
@@ -253,6 +279,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "fuse": fuse_verb,
     "predict": predict_verb,
+    "publish": publish,
     "convert": convert_verb,
     "report": report,
     "list": list_verb,
@@ -320,6 +347,23 @@ def _parse_recipe(parser: ArgumentParser, base: Recipe, argv: list[str]) -> tupl
 def _load(path: str | Path) -> nn.Module:
     """The model, in float32 and where it runs fastest."""
     return load(path).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+def _in_form(form: str, model: MetaFormer, tolerance: float = 1e-4) -> tuple[MetaFormer, float]:
+    """The model in that form, and how far logits of random images are apart, as a share of the largest logit."""
+    changed = FORMS[form](model)
+    images = torch.randn(8, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    difference = compare(model, changed, [images.to(next(model.parameters()))]).max_rel
+    if not difference <= tolerance:
+        raise RuntimeError(f"the {form} form differs by {difference:.2g} of the largest logit; nothing was written")
+    return changed, difference
+
+
+def _outcome(before: MetaFormer, after: MetaFormer, difference: float) -> str:
+    return (
+        f"{describe(after)}, {count_params(after):,} parameters, {count_params(before):,} before; "
+        f"largest difference {difference:.1e} of the largest logit"
+    )
 
 
 def _known(name: str, table: Any, kind: str) -> str:

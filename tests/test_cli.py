@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fake_hub import FakeHub
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -211,7 +213,7 @@ def test_fuse_writes_nothing_when_the_check_fails(run, tmp_path, monkeypatch, ca
         torch.nn.init.normal_(wrong.stages[0].blocks[0].norm1.bias)
         return wrong
 
-    monkeypatch.setattr(cli, "fuse", broken)
+    monkeypatch.setitem(cli.FORMS, "deploy", broken)
     assert "nothing was written" in fails(capsys, "fuse", str(run), str(tmp_path / "wrong.safetensors"))
     assert list(tmp_path.glob("wrong*")) == []
 
@@ -248,6 +250,92 @@ def test_predict_names_unreadable_images_and_labels_the_others(run, image_folder
     assert "no such file or folder" in fails(capsys, "predict", str(run), str(tmp_path / "absent.png"))
     (tmp_path / "empty").mkdir()
     assert "no images in" in fails(capsys, "predict", str(run), str(tmp_path / "empty"))
+
+
+@pytest.fixture(scope="module")
+def published(run) -> Path:
+    folder = run.with_name("published")
+    assert cli.run("publish", [str(run), str(folder)]) == 0
+    return folder
+
+
+def test_publish_writes_the_deploy_form_and_a_card_that_agree_with_the_run(run, published):
+    assert {path.name for path in published.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    images = torch.randn(2, 3, 16, 16)
+    in_timm = timm.create_model(f"local-dir:{published}", pretrained=True).eval()
+    assert_close(in_timm(images), riformer.fuse(riformer.load(run))(images), atol=0, rtol=0)
+    assert in_timm.mixers == ["identity", "identity"]
+    assert list(in_timm.pretrained_cfg["label_names"]) == list("0123456789")
+    row = Run(run).read("evaluation.json")["models"]["deploy"]
+    (result,) = ModelCard.load(published / "README.md").data.eval_results
+    assert result.metric_value == row["top1"]
+    assert f"| {row['top1']:.2f} | {row['top5']:.2f} |" in (published / "README.md").read_text()
+    assert str(run.parent) not in (published / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("form", "has_scales"), [("training", True), ("folded", False)])
+def test_publish_writes_other_forms(run, tmp_path, form, has_scales, capsys):
+    assert cli.run("publish", [str(run), str(tmp_path / "model"), "--form", form]) == 0
+    assert "35," in capsys.readouterr().out
+    state = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).state_dict()
+    assert any("layer_scale" in key for key in state) == has_scales
+    assert f"{form} form" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_publish_replaces_a_published_model_and_nothing_else(run, published, tmp_path, capsys):
+    before = (published / "README.md").read_text()
+    (published / "README.md").write_text("old")
+    assert cli.run("publish", [str(run), str(published)]) == 0
+    assert (published / "README.md").read_text() == before
+    capsys.readouterr()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "README.md").write_text("mine")
+    assert "is no model folder" in fails(capsys, "publish", str(run), str(tmp_path / "work"))
+    assert "is no model folder" in fails(capsys, "publish", str(run), str(run))
+    assert "the run's own best model" in fails(capsys, "publish", str(run), str(run / "best"))
+    assert "mixer" in (run / "best" / "config.json").read_text()
+
+
+def test_publish_refuses_what_is_no_trained_run_or_has_no_such_form(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "is not a run folder" in fails(capsys, "publish", str(run / "best"), str(out))
+    Run(tmp_path / "begun").begin(RECIPES["quickstart"](), world_size=1)
+    assert "has no best/ yet" in fails(capsys, "publish", str(tmp_path / "begun"), str(out))
+    message = fails(capsys, "publish", str(run / "teacher"), str(out))
+    assert "mixes tokens (global_filter)" in message
+    assert "only its training form can be published" in message
+    assert "--push OWNER/NAME, which was not given" in fails(capsys, "publish", str(run), str(out), "--private")
+    assert "must be OWNER/NAME" in fails(capsys, "publish", str(run), str(out), "--push", "name")
+    assert not out.exists()
+    assert cli.run("publish", [str(run / "teacher"), str(out), "--form", "training"]) == 0
+    assert "Not measured" in (out / "README.md").read_text()
+
+
+def test_publish_pushes_what_it_wrote(run, tmp_path, monkeypatch, capsys):
+    hub = FakeHub(tmp_path / "hub", monkeypatch)
+    assert cli.run("publish", [str(run), str(tmp_path / "model"), "--push", "me/digits", "--private"]) == 0
+    assert "hf-hub:me/digits" in capsys.readouterr().out
+    assert hub.private == {"me/digits": True}
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert (hub.root / "me/digits/README.md").read_text() == card
+    assert 'create_model("hf-hub:me/digits"' in card
+    images = torch.randn(2, 3, 16, 16)
+    expected = riformer.load(tmp_path / "model")(images)
+    assert_close(timm.create_model("hf-hub:me/digits", pretrained=True).eval()(images), expected, atol=0, rtol=0)
+
+
+def test_a_push_without_a_network_leaves_the_folder_and_says_what_to_do(run, tmp_path, monkeypatch, capsys):
+    def unreachable(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(FakeHub, "create_repo", unreachable)
+    FakeHub(tmp_path / "hub", monkeypatch)
+    assert cli.run("publish", [str(run), str(tmp_path / "model"), "--push", "me/digits"]) == 1
+    message = capsys.readouterr().err
+    assert "was not pushed to me/digits: Name or service not known" in message
+    assert "hf auth login" in message
+    assert "Traceback" not in message
+    assert riformer.load(tmp_path / "model").mixers == ["identity", "identity"]
 
 
 def test_convert_reads_a_foreign_checkpoint_and_refuses_a_wrong_one(tmp_path, capsys):

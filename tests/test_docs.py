@@ -26,7 +26,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 def test_the_readme_has_the_blocks_that_these_tests_run():
     assert len(PYTHON) == 2
     assert [line.split("#")[0].strip() for line in SHELL[:2]] == ["make quickstart", "make test"]
-    assert len(SHELL) == 5
+    assert len(SHELL) == 6
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=["python", "backbone"])
@@ -82,6 +82,7 @@ def test_the_commands_for_own_images_run(tmp_path, image_folder):
     more = "--data.img-size 16 --data.num-workers 0 --optim.batch-size 8"
     run_all([shrunk(command, more) for command in commands], tmp_path)
     assert (tmp_path / "runs/mine/report.html").is_file()
+    assert (tmp_path / "my-model/README.md").is_file()
 
 
 def test_docs_name_files_verbs_and_recipes_that_exist():

@@ -130,7 +130,7 @@ def takes_img_size(name: str, **args: Any) -> bool:
     """Whether timm's model of this name is built for one image size, which its constructor must then be told."""
     with torch.device("meta"):
         classes = type(timm.create_model(name, **args)).__mro__
-    return any("img_size" in signature(cls.__init__).parameters for cls in classes)
+    return any("img_size" in signature(cls).parameters for cls in classes if issubclass(cls, nn.Module))
 
 
 def _num_classes(name: str, state: dict[str, Tensor]) -> dict[str, int]:

@@ -5,7 +5,9 @@ Fuse: a mixer that is per channel and linear merges into the norm before it, `we
 Fold: a layer scale merges into its neighbour, `ls1` into norm1 and `ls2` into fc2, and disappears.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,6 +70,20 @@ def fold(model: MetaFormer) -> MetaFormer:
         block.layer_scale1 = nn.Identity().train(block.training)
         block.layer_scale2 = nn.Identity().train(block.training)
     return folded
+
+
+def mixing(model: nn.Module) -> str:
+    """The mixers that a fuse leaves, because they mix tokens, by name and with commas; empty where there is none.
+
+    Of a network that is no MetaFormer, its class.
+    """
+    if not isinstance(model, MetaFormer):
+        return type(model).__name__
+    return ", ".join(dict.fromkeys(mixer for mixer in fuse(model).mixers if mixer != "identity"))
+
+
+FORMS: dict[str, Callable[[Any], Any]] = {"training": lambda model: model, "deploy": fuse, "folded": fold}
+"""What makes each form of a network that was trained."""
 
 
 def _unwrapped(model: nn.Module, verb: str) -> MetaFormer:

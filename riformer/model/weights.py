@@ -25,7 +25,7 @@ from riformer.atomic import replace_file, replace_folder
 from riformer.model.gfnet import resample_state
 from riformer.model.metaformer import MetaFormer
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # the Hub's file names, which timm expects
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the Hub's file names, which timm expects
 
 _KEY_RULES: list[tuple[str, Any]] = [  # pattern, replacement (a string or a function of the match)
     (r"^backbone\.", ""),
@@ -223,46 +223,82 @@ def start_at(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None
 def save(model: nn.Module, path: str | Path) -> Path:
     """Writes weights, architecture, preprocessing and class names, to a `.safetensors` file or to a folder.
 
-    A folder has the Hub's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it too. A file or
-    model folder that was there is replaced, at once and whole.
+    A folder is written by `save_pretrained`. A file that was there is replaced, at once and whole.
 
     Raises:
         ValueError: the model was not built by `timm.create_model`, which notes name and arguments on it, or is wrapped;
             or `path` is a folder with other things in it, or a file of another kind.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        return save_pretrained(model, path)
+    config, tensors = _contents(model)
+    with replace_file(path) as beside:
+        save_file(tensors, beside, metadata={"riformer": config})
+    return path
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, card: str = "") -> Path:
+    """Writes weights, architecture, preprocessing and class names to a folder in the Hub's layout; returns its path.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it too. A model folder that was there is replaced, at
+    once and whole, its card included.
+
+    Args:
+        model: in any form, built by `timm.create_model`.
+        folder: new, empty, or a model folder.
+        card: the text of README.md; none is written when empty.
+
+    Raises:
+        ValueError: the model was not built by `timm.create_model` or is wrapped; or `folder` has other things in it, or
+            is named like a file.
+    """
+    folder = Path(folder)
+    config, tensors = _contents(model)
+    if folder.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
+        raise ValueError(f"{folder}: weights are written as .safetensors by save, or into a folder")
+    if folder.is_file() or (folder.is_dir() and _others(folder)):
+        raise ValueError(f"{folder} exists and is no model folder: save would replace it with all its content")
+    with replace_folder(folder) as beside:
+        (beside / CONFIG).write_text(config, encoding="utf-8")
+        save_file(tensors, beside / WEIGHTS)
+        if card:
+            (beside / CARD).write_text(card, encoding="utf-8")
+    return folder
+
+
+def _others(folder: Path) -> list[str]:
+    """What a save would lose: a README.md without a model, a .git, all that is neither ours nor hidden."""
+    ours = {CONFIG, WEIGHTS, CARD} if (folder / CONFIG).is_file() else {CONFIG, WEIGHTS}
+    names = {file.name for file in folder.iterdir()} - ours
+    return [name for name in names if name == ".git" or not name.startswith(".")]
+
+
+def _contents(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """The text of config.json, and the tensors.
+
+    Raises:
+        ValueError: the model was not built by `timm.create_model`, or is wrapped.
+    """
     if not hasattr(model, "pretrained_cfg") or hasattr(model, "_orig_mod"):
         raise ValueError(
             f"save takes a model built by timm.create_model, not {type(model).__name__}: unwrap it first "
             f"(.module of DDP and EMA, ._orig_mod of torch.compile)"
         )
-    config = _config_json(model)
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    if path.suffix == ".safetensors":
-        with replace_file(path) as beside:
-            save_file(tensors, beside, metadata={"riformer": config})
-        return path
-    if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-        raise ValueError(f"{path}: weights are written as .safetensors, or into a folder")
-    others = {file.name for file in path.iterdir()} - {_CONFIG, _WEIGHTS} if path.is_dir() else set()
-    if path.is_file() or any(not name.startswith(".") for name in others):
-        raise ValueError(f"{path} exists and is no model folder: save would replace it with all its content")
-    with replace_folder(path) as beside:
-        (beside / _CONFIG).write_text(config, encoding="utf-8")
-        save_file(tensors, beside / _WEIGHTS)
-    return path
+    with TemporaryDirectory() as folder:
+        save_config_for_hf(model, f"{folder}/{CONFIG}", **hub_config(model))
+        config = (Path(folder) / CONFIG).read_text(encoding="utf-8")
+    return config, {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
 
 
-def _config_json(model: nn.Module) -> str:
+def hub_config(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What timm's functions for the Hub have to be told of a model: its class names and its form."""
     args: dict[str, Any] = {}
     if isinstance(model, MetaFormer):  # fuse and fold change the form that timm noted when it built the model
         args["mixer"] = model.mixers[0] if len(set(model.mixers)) == 1 else model.mixers
         if isinstance(model.get_submodule("stages.0.blocks.0.layer_scale1"), nn.Identity):
             args["layer_scale_init"] = 0
-    label_names = model.pretrained_cfg.get("label_names")
-    with TemporaryDirectory() as folder:
-        save_config_for_hf(model, f"{folder}/{_CONFIG}", model_config={"label_names": label_names}, model_args=args)
-        return (Path(folder) / _CONFIG).read_text(encoding="utf-8")
+    return {"model_config": {"label_names": model.pretrained_cfg.get("label_names")}, "model_args": args}
 
 
 def load(path: str | Path) -> nn.Module:
@@ -294,9 +330,9 @@ def _load(path: Path, model_name: str | None = None) -> nn.Module:
     if (path / "best").is_dir():
         path = path / "best"
     if path.is_dir():
-        if not (path / _CONFIG).is_file():
-            raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {_CONFIG}")
-        state, noted = read_checkpoint(path / _WEIGHTS), (path / _CONFIG).read_text(encoding="utf-8")
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {CONFIG}")
+        state, noted = read_checkpoint(path / WEIGHTS), (path / CONFIG).read_text(encoding="utf-8")
     else:
         state, noted = read_checkpoint(path), None
         if path.suffix == ".safetensors":

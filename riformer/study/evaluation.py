@@ -52,15 +52,13 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
         ValueError: no run there, or nothing trained yet.
     """
     run = Run(path)
-    recipe = run.recipe()
-    if run.read("best/config.json") is None:
-        raise ValueError(f"{path} has no best/ yet: train it first")
+    recipe, best = run.recipe(), run.best()
     data = open_dataset(recipe.data, recipe.seed, record=run.read("data.json"))
     split = _chosen_split(data, "")
     images, num_classes = data.splits[split], len(data.classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    student = load(run.path).to(device)
+    student = load(best).to(device)
     models = {"student": student, "deploy": deploy_form(student)}
     uncompiled = replace(recipe, distill=replace(recipe.distill, compile_teachers=False))
     teacher, _ = build_teachers(uncompiled, run, num_classes, device)

@@ -72,6 +72,17 @@ class Run:
             raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
         return from_dict(content)
 
+    def best(self) -> Path:
+        """The folder of the best model so far.
+
+        Raises:
+            ValueError: there is no run here, or it has trained nothing yet.
+        """
+        self.recipe()
+        if not (self.path / "best" / "config.json").is_file():
+            raise ValueError(f"{self.path} has no best/ yet: train it first")
+        return self.path / "best"
+
     def read(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, or None when it is not there yet.
 

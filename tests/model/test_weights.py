@@ -18,7 +18,17 @@ from tiny import SIZE, images, randomised, tiny
 import riformer
 from riformer.model import weights
 from riformer.model.variants import VARIANTS
-from riformer.model.weights import convert, identify, load, load_strict, read_checkpoint, save, start_from, to_timm_keys
+from riformer.model.weights import (
+    convert,
+    identify,
+    load,
+    load_strict,
+    read_checkpoint,
+    save,
+    save_pretrained,
+    start_from,
+    to_timm_keys,
+)
 
 
 def assert_same_state(actual: dict, expected: dict) -> None:
@@ -245,6 +255,7 @@ def test_wrong_form_is_refused(s12, tmp_path):
 
 # save and load
 
+FILES = ["config.json", "model.safetensors"]
 FORMS = {
     "training": lambda: randomised(tiny()),
     "fused": lambda: riformer.fuse(randomised(tiny())),
@@ -275,7 +286,7 @@ def test_round_trip(form, place, tmp_path):
     if place == "model":
         in_timm = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
         torch.testing.assert_close(in_timm(x), model(x), rtol=0, atol=0)
-        assert names(written) == ["config.json", "model.safetensors"]
+        assert names(written) == FILES
     again = load(save(loaded, tmp_path / "again" / place))
     assert_same_state(again.state_dict(), model.state_dict())
 
@@ -384,6 +395,51 @@ def test_save_replaces_a_model_and_nothing_else(tmp_path):
         with pytest.raises(ValueError, match="save would replace it"):
             save(model, place)
     assert names(tmp_path) == ["model", "notes.txt"]
+
+
+def test_a_card_belongs_to_the_model_that_it_was_written_with(tmp_path):
+    for card, files in (("# card", ["README.md", *FILES]), ("", FILES)):
+        save_pretrained(tiny(), tmp_path / "model", card)
+        assert names(tmp_path / "model") == files
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "README.md", ".git"])
+def test_a_folder_of_other_things_is_never_replaced(other, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / other).write_text("mine")
+    for write in (save, save_pretrained):
+        with pytest.raises(ValueError, match="is no model folder"):
+            write(tiny(), tmp_path / "folder")
+    assert (tmp_path / "folder" / other).read_text() == "mine"
+
+
+def test_save_pretrained_writes_folders_only(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.safetensors: weights are written"):
+        save_pretrained(tiny(), tmp_path / "model.safetensors")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "README.md"])
+def test_a_failure_at_any_file_leaves_the_model_that_was_there(file, tmp_path, monkeypatch):
+    model = randomised(tiny())
+    save_pretrained(model, tmp_path / "model", "# first")
+
+    def fails_at(write):
+        def attempt(*args, **kwargs):
+            write(*args, **kwargs)
+            if any(isinstance(arg, Path) and arg.name == file for arg in args):
+                raise OSError("disk full")
+
+        return attempt
+
+    monkeypatch.setattr(weights, "save_file", fails_at(save_file))
+    monkeypatch.setattr(Path, "write_text", fails_at(Path.write_text))
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(tiny(), tmp_path / "model", "# second")
+    monkeypatch.undo()
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "README.md").read_text() == "# first"
+    assert_same_state(load(tmp_path / "model").state_dict(), model.state_dict())
 
 
 class Wrapper(torch.nn.Module):
