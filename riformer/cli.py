@@ -290,7 +290,9 @@ def _entries(kind: str) -> list[tuple[str, str]]:
     """Names of a kind, and a line about each."""
     if kind == "models":
         with torch.device("meta"):
-            sizes = {name: count_params(timm.create_model(name)) for name in timm.list_models("riformer_*")}
+            sizes = {
+                name: count_params(timm.create_model(name)) for name in timm.list_models(["riformer_*", "gfnet_*"])
+            }
         return [(name, f"{size / 1e6:.1f} M parameters") for name, size in sizes.items()]
     if kind == "datasets":
         return list(DATASETS.items())

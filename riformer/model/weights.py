@@ -191,33 +191,34 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str = "ch
 def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor]) -> None:
     """Gives the student every tensor of its module teacher but the mixers' (the paper's weight initialisation).
 
-    The student's own mixers keep their fresh values.
+    The student's own mixers keep their fresh values, and so does a classifier for another number of classes.
 
     Raises:
-        ValueError: anything but the mixers differs between the two.
+        ValueError: anything else differs between the two.
     """
     mixers = {key: tensor for key, tensor in student.state_dict().items() if ".token_mixer." in key}
     taken = {key: tensor for key, tensor in to_timm_keys(teacher_state).items() if ".token_mixer." not in key}
-    load_strict(student, {**taken, **mixers}, "module teacher")
+    load_strict(student, {**taken, **_other_classifier(student, taken), **mixers}, "module teacher")
 
 
 def start_at(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Gives the model the weights that training is to start from: global filters and GFNet's positions resampled.
 
-    A classifier for another number of classes keeps its fresh values; all else must fit.
+    A classifier for another number of classes keeps its fresh values.
 
     Raises:
         ValueError: anything else differs.
     """
-    own, state = model.state_dict(), fit_state(state, model)
-    classifier = model.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    fresh = {
-        key: own[key]
-        for key in own
-        if key.rpartition(".")[0] in heads and key in state and own[key].shape != state[key].shape
-    }
-    load_strict(model, {**state, **fresh}, source)
+    state = fit_state(state, model)
+    load_strict(model, {**state, **_other_classifier(model, state)}, source)
+
+
+def _other_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own classifier, where the one in `state` is for another number of classes."""
+    named = model.pretrained_cfg["classifier"]
+    heads = (named,) if isinstance(named, str) else named
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] in heads}
+    return {key: tensor for key, tensor in own.items() if key in state and state[key].shape != tensor.shape}
 
 
 def save(model: nn.Module, path: str | Path) -> Path:

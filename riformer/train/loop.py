@@ -232,10 +232,11 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
         "std": recipe.data.std,
         "label_names": data.classes,
     }
-    args: dict[str, Any] = {"drop_path_rate": config.drop_path_rate, **config.args}
+    args: dict[str, Any] = {"drop_path_rate": config.drop_path_rate}
     if config.name.startswith("riformer_"):
         names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
         args |= {name: getattr(config, name) for name in names}
+    args |= config.args
     try:
         if takes_img_size(config.name, **args):
             args["img_size"] = size

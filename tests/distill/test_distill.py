@@ -304,3 +304,20 @@ def test_start_from_gives_the_student_its_teachers_function_but_for_the_mixers()
         f"stages.{b}.token_mixer.{p}" for b in ("0.blocks.0", "0.blocks.1", "1.blocks.0") for p in ("weight", "bias")
     }
     assert_close({k: student.state_dict()[k] for k in teacher.state_dict()}, dict(teacher.state_dict()))
+
+
+def test_a_module_teacher_with_other_classes_gives_all_but_mixers_and_classifier():
+    student, teacher = build(num_classes=3), build("pooling", seed=1)
+    classifier = student.head.fc.weight.clone()
+    riformer.start_from(student, teacher.state_dict())
+    assert_close(student.head.fc.weight, classifier)
+    assert_close(student.stages[1].state_dict()["blocks.0.mlp.fc1.weight"], teacher.stages[1].blocks[0].mlp.fc1.weight)
+
+
+def test_the_student_starts_from_timms_poolformer():
+    with torch.device("meta"):
+        poolformer = timm.create_model("poolformer_s12")
+    state = {key: torch.rand(()).expand(value.shape) for key, value in poolformer.state_dict().items()}
+    student = timm.create_model("riformer_s12")
+    riformer.start_from(student, state)
+    assert_close(student.stages[3].blocks[1].mlp.fc2.weight, state["stages.3.blocks.1.mlp.fc2.weight"])
