@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart
 
-.PHONY: help quickstart test ci lint format types resume-trials install clean
+.PHONY: help quickstart test timm-tests ci lint format types resume-trials install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -19,7 +19,10 @@ quickstart: install ## trains, compares, fuses, evaluates, predicts and reports 
 test: install ## all tests
 	$(BIN)/pytest -n 2
 
-ci: lint types test ## what a change must pass
+timm-tests: install ## timm's own model tests on these models; fetches timm's source distribution, once
+	$(BIN)/python tests/timm_suite.py
+
+ci: lint types test timm-tests ## what a change must pass
 
 lint: install ## style, imports pointing one way, comparisons whose result is dropped
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def test_python_examples_run(code):
     assert result.stdout.splitlines() == comments
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "ci"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "timm-tests", "ci"])
 def test_make_targets_exist_and_set_themselves_up(target):
     plan = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "pip install" in plan

@@ -90,6 +90,7 @@ def _unwrapped(model: nn.Module, verb: str) -> MetaFormer:
     if not isinstance(model, MetaFormer):
         raise ValueError(
             f"{verb} takes a MetaFormer, not {type(model).__name__}: unwrap it first "
-            f"(.module of DDP and EMA, ._orig_mod of torch.compile)"
+            f"(.module of DDP and EMA, ._orig_mod of torch.compile); as a part of another model, "
+            f"timm.utils.reparameterize_model fuses it"
         )
     return model

@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint_seq, register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, jit, nn
 
 from riformer.model.metaformer import build_pool, conv_size
 from riformer.model.mixers import GlobalFilter, resample_filter
@@ -130,22 +130,25 @@ class GFNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's map, after the norm. Shape: [N, in_chans, H, W] -> [N, dims[-1], H', W']."""
-        for i in range(len(self.blocks)):
-            x = self._stage(i, x)
-        return self._normed(x)
+        return self._normed(self._maps(x, len(self.blocks) - 1)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or pooled features with `pre_logits`. Shape: [N, dims[-1], H', W'] -> [N, K]."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
-    def _stage(self, i: int, x: Tensor) -> Tensor:
-        """Patch embedding and blocks of a stage. Shape: [N, in_dim, H, W] -> [N, dim, H', W']."""
-        x = self.patch_embed[i](x).permute(0, 2, 3, 1)
-        if i == 0:
-            x = x + _positions(self.pos_embed, self.grid, x)
-        x = checkpoint_seq(self.blocks[i], x) if self.grad_checkpointing else self.blocks[i](x)
-        return x.permute(0, 3, 1, 2)
+    def _maps(self, x: Tensor, last: int) -> list[Tensor]:
+        """The map of each stage up to number `last`, [N, dim, H, W]. One loop over all: TorchScript takes no slice."""
+        maps = []
+        for i, (patch_embed, blocks) in enumerate(zip(self.patch_embed, self.blocks)):  # noqa: B905 TorchScript
+            if i <= last:
+                x = patch_embed(x).permute(0, 2, 3, 1)
+                if i == 0:
+                    x = x + positions(self.pos_embed, self.grid, x)
+                x = checkpoint_seq(blocks, x) if self.grad_checkpointing and not jit.is_scripting() else blocks(x)
+                x = x.permute(0, 3, 1, 2)
+                maps.append(x)
+        return maps
 
     def _normed(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -169,12 +172,13 @@ class GFNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}, but only 'NCHW' is supported")
         take, last = feature_take_indices(len(self.blocks), indices)
-        intermediates = []
-        for i in range(last + 1 if stop_early else len(self.blocks)):
-            x = self._stage(i, x)
-            if i in take:
-                intermediates.append(self._normed(x) if norm and i == len(self.blocks) - 1 else x)
-        return intermediates if intermediates_only else (self._normed(x), intermediates)
+        maps = self._maps(x, last if stop_early else len(self.blocks) - 1)
+        # The last norm has the width of the last stage, which an early stop does not reach.
+        final = self._normed(maps[-1]) if len(maps) == len(self.blocks) else maps[-1]
+        if norm:
+            maps[-1] = final
+        intermediates = [x for i, x in enumerate(maps) if i in take]
+        return intermediates if intermediates_only else (final, intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -239,7 +243,7 @@ def _resampled(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     return resample_abs_pos_embed(pos_embed, list(new), list(old), num_prefix_tokens=0)
 
 
-def _positions(pos_embed: Tensor, grid: tuple[int, int], x: Tensor) -> Tensor:
+def positions(pos_embed: Tensor, grid: tuple[int, int], x: Tensor) -> Tensor:
     """The position embedding on the map's own grid. Shape: [1, height * width, C], x [N, H, W, C] -> [1, H, W, C]."""
     height, width = x.shape[1:3]
     if (height, width) != grid:
@@ -247,7 +251,7 @@ def _positions(pos_embed: Tensor, grid: tuple[int, int], x: Tensor) -> Tensor:
     return pos_embed.view(1, height, width, -1)
 
 
-register_notrace_function(_positions)
+register_notrace_function(positions)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn, ones
+from torch import Tensor, jit, nn, ones
 
 from riformer.model.mixers import MIXERS
 
@@ -108,7 +108,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing and not jit.is_scripting() else self.blocks(x)
 
 
 class Head(nn.Module):
@@ -198,6 +198,7 @@ class MetaFormer(nn.Module):
         self.apply(_init_weights)
 
     @property
+    @jit.unused
     def mixers(self) -> list[str]:
         """The token mixer of each stage, by its name in `MIXERS`, as the blocks are now: fusing changes it."""
         names: dict[type, str] = {mixer: name for name, mixer in MIXERS.items()}

@@ -98,7 +98,8 @@ class GlobalFilter(nn.Module):
         height, width = y.shape[-2:]
         weight = resample_filter(self.complex_weight, height, width // 2 + 1).permute(3, 2, 0, 1)
         wide = y if y.dtype == torch.float64 else y.float()  # autocast leaves alone what is float32 already
-        spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(*weight.to(wide.dtype))
+        real, imaginary = weight.to(wide.dtype).unbind()
+        spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(real, imaginary)
         return torch.fft.irfft2(spectrum, s=(height, width), norm="ortho").to(y.dtype)
 
 

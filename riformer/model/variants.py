@@ -4,8 +4,10 @@ Every riformer_* builds the training form; `mixer="identity"` builds the deploy 
 the official head, and any argument of `MetaFormer` may be given. gfnet_h_* are the paper's logit teachers.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import (
@@ -87,6 +89,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     # The size asked for is the size that the model is for; a saved model's notes stay as they are.
     is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
@@ -96,15 +99,17 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     sizes = GFNETS[name] if name in GFNETS else VARIANTS[name]
     args = {**sizes, "img_size": noted.input_size[-2:], **kwargs}
     out_indices = args.pop("out_indices", tuple(range(len(args["depths"]))))
-    return build_model_with_cfg(
-        GFNet if name in GFNETS else MetaFormer,
-        name,
-        pretrained,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=fit_state,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **args,
-    )
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            GFNet if name in GFNETS else MetaFormer,
+            name,
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=fit_state,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **args,
+        )
+    return model.to(dtype=dtype)
 
 
 @register_model
