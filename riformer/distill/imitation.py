@@ -158,9 +158,9 @@ class Imitation:
         self.projections = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name in self.modules.keys() - {"relation"}:  # which compares tokens, whatever their width
-                for i, (ours, theirs) in enumerate(self.shapes[name]):
-                    if ours[0] != theirs[0]:
+            for name, shapes in self.shapes.items():
+                for i, (ours, theirs) in enumerate(shapes):
+                    if ours[0] != theirs[0] and name != "relation":  # which compares tokens, whatever their width
                         self.projections[f"{name}{i}"] = nn.Conv2d(ours[0], theirs[0], 1)
         self.projections.to(next(self.student.parameters()).device)
 
@@ -210,10 +210,7 @@ class Imitation:
         if f"{name}{i}" in self.projections:
             student = self.projections[f"{name}{i}"](student)
         grid = [min(sizes) for sizes in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-        student, teacher = (
-            x if list(x.shape[-2:]) == grid else F.adaptive_avg_pool2d(x, grid) for x in (student, teacher)
-        )
-        return self._losses[name](student, teacher)
+        return self._losses[name](_pooled(student, grid), _pooled(teacher, grid))
 
     def _maps(self, ours: str, theirs: str) -> tuple[Tensor, Tensor]:
         return _as_map(self._own[ours], self.student, self.size), _as_map(

@@ -198,7 +198,8 @@ def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor]) -> None:
     """
     mixers = {key: tensor for key, tensor in student.state_dict().items() if ".token_mixer." in key}
     taken = {key: tensor for key, tensor in to_timm_keys(teacher_state).items() if ".token_mixer." not in key}
-    load_strict(student, {**taken, **_other_classifier(student, taken), **mixers}, "module teacher")
+    source = "module teacher, from whose weights the student is to start,"
+    load_strict(student, {**taken, **_other_classifier(student, taken), **mixers}, source)
 
 
 def start_at(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

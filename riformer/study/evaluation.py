@@ -60,8 +60,8 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
 
     student = load(best).to(device)
     models = {"student": student, "deploy": deploy_form(student)}
-    uncompiled = replace(recipe, distill=replace(recipe.distill, compile_teachers=False))
-    teacher, _ = build_teachers(uncompiled, run, num_classes, device)
+    distill = replace(recipe.distill, module_teacher="", compile_teachers=False)
+    teacher, _ = build_teachers(replace(recipe, distill=distill), run, num_classes, device)
     if teacher:  # which sees the images at its own size, under its own normalisation
         models = {"teacher": teacher, **models}
 

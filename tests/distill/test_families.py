@@ -134,6 +134,7 @@ def test_projections_are_there_only_where_widths_differ(student, teacher):
         if ours[0] != theirs[0]
     }
     assert set(imitation.projections) == expected
+    assert list(imitation.projections) == sorted(expected)  # one order in every process: block before mixer
     again = Imitation(student, teacher, TERMS, 32, "all")
     assert_close(again.projections.state_dict(), imitation.projections.state_dict(), rtol=0, atol=0)
     assert not any("projection" in name for name in student.state_dict())
