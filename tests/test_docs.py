@@ -103,10 +103,16 @@ def test_links_of_the_readme_lead_somewhere():
     assert [link for link in local if not (ROOT / link).is_file()] == []
 
 
-def test_the_quickstart_table_is_the_recorded_one():
-    spec = importlib.util.spec_from_file_location("record_quickstart", ROOT / "docs" / "record_quickstart.py")
-    record_quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(record_quickstart)
-    text = (ROOT / "docs/paper-map.md").read_text()
-    shown = re.search(r"<!-- quickstart -->\n(.*?)\n<!-- /quickstart -->", text, re.DOTALL)[1]
-    assert shown == record_quickstart.table(json.loads(record_quickstart.RESULTS.read_text()))
+@pytest.mark.parametrize(
+    ("name", "script", "page"),
+    [
+        ("quickstart", "docs/record_quickstart.py", "docs/paper-map.md"),
+        ("teachers", "benchmarks/teachers.py", "docs/teachers.md"),
+    ],
+)
+def test_a_documented_table_is_the_recorded_one(name, script, page):
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (ROOT / page).read_text(), re.DOTALL)[1]
+    assert shown == module.table(json.loads(module.RESULTS.read_text()))
