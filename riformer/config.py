@@ -134,6 +134,12 @@ class DistillConfig:
     """how the three imitation weights go over training: constant, cosine to zero, or on for the first part only"""
     phase: float = 0.5
     """share of training that the first_phase schedule lasts"""
+    cache_augmentations: int = 0
+    """augmentations of each image, taken in turns by the epochs, whose teacher outputs are kept, so that later epochs
+    run without the logit teacher; 0 augments anew in every epoch and keeps none"""
+    cache_top_k: int = 0
+    """probabilities kept of each teacher output, the rest of its mass spread evenly over the other classes; 0 keeps all
+    logits"""
 
     @property
     def logit_teachers(self) -> tuple[str, ...]:
@@ -255,6 +261,7 @@ def check(recipe: Recipe) -> None:
         (recipe.teacher, {"epochs": count, "lr": positive}),
         (distill, {**dict.fromkeys(weights, any_count), "temperature": positive}),
         (distill, {"relation_tokens": count, "phase": (1e-6, 1.0), "teacher_img_size": any_count}),
+        (distill, {"cache_augmentations": any_count, "cache_top_k": any_count}),
         (optim, {"lr": positive, "min_lr": (0, optim.lr), "weight_decay": any_count, "epochs": count}),
         (optim, {"warmup_epochs": any_count, "batch_size": count, "accumulation": count, "clip_grad": any_count}),
         (optim, {"label_smoothing": (0.0, 1 - 1e-6), "ema_decay": (0.0, 1 - 1e-6)}),
@@ -284,6 +291,28 @@ def check(recipe: Recipe) -> None:
     refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
     refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
 
+    # kept teacher outputs
+    keeps, always = distill.cache_augmentations > 0, distill.schedule != "first_phase" or distill.phase == 1
+    refuse(
+        distill,
+        "cache_augmentations",
+        keeps and bool(augment.mixup or augment.cutmix),
+        "mixup and cutmix mix an image with others of its batch: set augment.mixup and augment.cutmix to 0",
+    )
+    refuse(
+        distill,
+        "cache_augmentations",
+        keeps and distill.cache_augmentations >= optim.epochs,
+        f"must be below the {optim.epochs} epochs: the logit teacher would run in each of them",
+    )
+    refuse(
+        distill,
+        "cache_augmentations",
+        keeps and bool(imitation) and always and set(teachers) == {distill.module_teacher},
+        "has no effect: the logit teacher is the module teacher, which imitation needs in every step; let imitation "
+        "end (schedule first_phase, phase below 1), or set its weights to 0",
+    )
+
     # settings that would have no effect
     def idle(section: Any, name: str, unless: object, why: str) -> None:
         changed = getattr(section, name) != getattr(type(section)(), name)
@@ -295,6 +324,8 @@ def check(recipe: Recipe) -> None:
     idle(recipe.teacher, "args", recipe.teacher.name, "teacher.name is empty")
     for name in ("teacher_img_size", "compile_teachers"):
         idle(distill, name, teachers or distill.module_teacher, "no teacher is named")
+    idle(distill, "cache_augmentations", teachers, "no logit teacher is named")
+    idle(distill, "cache_top_k", keeps, "cache_augmentations is 0")
     idle(distill, "temperature", distill.soft_weight, "soft_weight is 0")
     idle(distill, "block_match", distill.block_weight, "block_weight is 0")
     idle(distill, "relation_tokens", distill.relation_weight, "relation_weight is 0")

@@ -59,6 +59,9 @@ class TrainProgress:
                 self.console.print(f"{line['run']}: going on at step {line['step']}", highlight=False, soft_wrap=True)
             for pair in line["pairs"]:
                 self.console.print(f"{line['run']}: {pair}", highlight=False, soft_wrap=True)
+            if line["teacher_outputs"]:
+                told = f"{line['run']}: teacher outputs: {line['teacher_outputs']}"
+                self.console.print(told, highlight=False, soft_wrap=True)
             return
         training = self.trainings[line["run"]]
         if line["kind"] == "step":
@@ -69,7 +72,7 @@ class TrainProgress:
             training.numbers = f"loss {line['loss']:.3g} ({terms}) {accuracy} {training.images_per_s:,.0f} img/s"
             self.bars.update(training.task, completed=line["step"], numbers=training.numbers)
             return
-        training.val = f" val {line['val_top1']:.1f}"
+        training.val = f" val {line['val_top1']:.1f}" + (", no teacher" if line.get("teacher_batches") == 0 else "")
         finished = line["step"] == line["num_steps"]
         if finished:
             self.bars.update(training.task, visible=len(self.trainings) < 6)

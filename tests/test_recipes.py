@@ -62,11 +62,38 @@ def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_lon
         ({"temperature": 2.0}, "has no effect: soft_weight is 0"),
         ({"temperature": 0.0}, "temperature is 0.0, but must lie in"),
         ({"phase": 2.0}, "phase is 2.0, but must lie in"),
+        ({"cache_augmentations": 2}, r"cache_augmentations is 2, but has no effect: no logit teacher is named"),
+        ({"cache_augmentations": -1}, r"cache_augmentations is -1, but must lie in 0"),
+        ({"cache_top_k": 5}, "cache_top_k is 5, but has no effect: cache_augmentations is 0"),
+        ({"soft_weight": 1.0, "logit_teacher": "own", "cache_augmentations": 2}, r"augment\.mixup and augment\.cutmix"),
+        ({"soft_weight": 1.0, "logit_teacher": "own", "cache_augmentations": 300}, "must be below the 300 epochs"),
     ],
 )
 def test_contradictions_in_distill_are_named(distill, message):
     with pytest.raises(ValueError, match=message):
         check(Recipe(distill=DistillConfig(**distill)))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sound"),
+    [
+        ({"module_teacher": "own"}, False),
+        ({"module_teacher": "own", "schedule": "cosine"}, False),
+        ({"module_teacher": "own", "schedule": "first_phase", "phase": 1.0}, False),
+        ({"module_teacher": "own", "schedule": "first_phase"}, True),
+        ({"module_teacher": "timm:another"}, True),
+        ({"module_teacher": "own", "logit_teacher": ("own", "timm:another")}, True),
+    ],
+)
+def test_keeping_outputs_of_a_teacher_that_runs_in_every_step_all_the_same_is_refused(knobs, sound):
+    still = dataclasses.replace(Recipe().augment, mixup=0.0, cutmix=0.0)
+    kept = {"logit_teacher": "own", "soft_weight": 1.0, "block_weight": 1.0, "cache_augmentations": 9, **knobs}
+    recipe = Recipe(distill=DistillConfig(**kept), augment=still)
+    if sound:
+        check(recipe)
+    else:
+        with pytest.raises(ValueError, match="which imitation needs in every step"):
+            check(recipe)
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,14 @@ class Imitation:
             yield
 
     def forget(self) -> None:
-        """Drops what the last forward pass of the student left behind."""
+        """Drops what the last forward passes left behind."""
         self._own.clear()
+        self._theirs.clear()
+
+    @property
+    def teacher_ran(self) -> bool:
+        """Whether the teacher ran since, which it may have done as a logit teacher."""
+        return bool(self._theirs)
 
     def terms(self) -> dict[str, Tensor]:
         """The terms of the last forward passes of student and teacher.

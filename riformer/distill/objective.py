@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from riformer.distill.imitation import Imitation
 from riformer.distill.teachers import Ensemble, Teacher
 
 TERMS = ("label", "hard", "soft", *IMITATION)
+Recall = Callable[[Callable[[], Tensor]], Tensor]
 
 
 def imitation_scale(schedule: str, progress: float, phase: float = 0.5) -> float:
@@ -33,6 +35,8 @@ class Objective:
         logit_teacher: needed by hard and soft.
         imitation: student and module teacher, needed by block, mixer and relation. The module teacher may be the logit
             teacher, or one of them; it then runs once.
+
+    `taught` counts the batches for which a teacher ran.
 
     Shape: images [N, 3, H, W], targets [N, K] probabilities -> scalars.
 
@@ -58,7 +62,7 @@ class Objective:
             raise ValueError(f"the terms {sorted(imitates)} need a module teacher")
         self.logit_teacher = logit_teacher if asks else None
         self.imitation = imitation if imitates else None
-        self._runs_once = bool(self.logit_teacher and imitation and imitation.teacher in self.logit_teacher.modules())
+        self.taught = 0
         self.logit_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "label": lambda logits, targets: losses.label(logits, targets, label_smoothing),
             "hard": losses.hard,
@@ -74,21 +78,37 @@ class Objective:
     def __exit__(self, *error: object) -> None:
         self._taps.close()
 
-    def __call__(self, images: Tensor, targets: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-        """`loss`, the student's logits as `output`, and every active term unweighted; `scale` is that of imitation."""
+    def __call__(
+        self, images: Tensor, targets: Tensor, scale: float = 1.0, recall: Recall | None = None
+    ) -> dict[str, Tensor]:
+        """`loss`, the student's logits as `output`, and every active term unweighted; `scale` is that of imitation.
+
+        `recall` stands between the objective and its logit teacher: it is given a function that runs the teacher on
+        this batch, and returns the teacher's logits, without calling it where it knows them.
+        """
         imitated = self.imitation if scale > 0 else None
         if imitated:
             imitated.forget()
         output = self.student(images)
-        teacher_logits = self.logit_teacher(images) if self.logit_teacher else None
+        ran: list[Teacher | Ensemble] = []
+
+        def run(teacher: Teacher | Ensemble) -> Tensor:
+            ran.append(teacher)
+            return teacher(images)
+
+        teacher_logits = None
+        if self.logit_teacher:
+            ask = partial(run, self.logit_teacher)
+            teacher_logits = recall(ask).to(images.device) if recall else ask()
         terms = {
             name: term(output, targets if name == "label" else teacher_logits)
             for name, term in self.logit_terms.items()
             if name in self.weights
         }
         if imitated:
-            if not self._runs_once:
-                imitated.teacher(images)
+            if not imitated.teacher_ran:
+                run(imitated.teacher)
             terms |= imitated.terms()
+        self.taught += bool(ran)
         loss = sum(self.weights[name] * (scale if name in IMITATION else 1) * term for name, term in terms.items())
         return {"loss": loss, "output": output, **terms}

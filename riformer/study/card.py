@@ -211,6 +211,12 @@ def _training(run: Run, recipe: Recipe, data: dict[str, Any]) -> str:
     if len(distill.logit_teachers) > 1:
         shares = ", ".join(f"{share:g}" for share in distill.logit_teacher_weights) or "equal"
         lines.append(f"The logit teachers' probabilities were averaged, with shares: {shares}.")
+    if distill.cache_augmentations:
+        kept = f"its {distill.cache_top_k} largest probabilities" if distill.cache_top_k else "all of it"
+        lines.append(
+            f"Each image had {distill.cache_augmentations} augmentations, taken in turns by the epochs; of the logit "
+            f"teacher's output on each of them, {kept} was kept and learned."
+        )
     if not teachers:
         lines.append("There was no teacher.")
     if distill.start_from_teacher:

@@ -258,11 +258,21 @@ def eval_transform(data: DataConfig) -> Callable[[Image.Image], Tensor]:
     )
 
 
+TrainPart = tuple[Tensor, Tensor, Tensor]  # images, targets, and the indices of the images in their list
+
+
 class _TrainParts:
     """A part of a batch by its key (epoch, step, part, indices), and a pure function of it."""
 
     def __init__(
-        self, images: ImageList, num_classes: int, data: DataConfig, augment: AugmentConfig, seed: int, rank: int
+        self,
+        images: ImageList,
+        num_classes: int,
+        data: DataConfig,
+        augment: AugmentConfig,
+        seed: int,
+        rank: int,
+        num_augmentations: int,
     ):
         self.images = images
         self.num_classes = num_classes
@@ -272,20 +282,21 @@ class _TrainParts:
             self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
         self.seed = seed
         self.rank = rank
+        self.num_augmentations = num_augmentations
 
-    def __getitem__(self, key: tuple[int, int, int, list[int]]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int, int, list[int]]) -> TrainPart:
         epoch, step, part, indices = key
         labels = torch.tensor([self.images.labels[index] for index in indices])
         with seeded(self.seed, epoch):  # restores once, and each draw below has its own seed
             images = torch.stack([self.augmented(epoch, index) for index in indices])
             if self.mixup is None:
-                return images, F.one_hot(labels, self.num_classes).float()
+                return images, F.one_hot(labels, self.num_classes).float(), torch.tensor(indices)
             _seed_generators(self.seed, epoch, step, self.rank, part)
-            return self.mixup(images, labels)
+            return *self.mixup(images, labels), torch.tensor(indices)
 
     def augmented(self, epoch: int, index: int) -> Tensor:
         image = self.images.read(index)
-        _seed_generators(self.seed, epoch, index)
+        _seed_generators(self.seed, epoch % self.num_augmentations if self.num_augmentations else epoch, index)
         return self.transform(image)
 
 
@@ -294,7 +305,10 @@ class TrainBatches:
 
     `batch_size` images make one optimiser step: over all `world_size` processes, of which this is `rank`, and all
     `accumulation` parts of each. Which images a step sees does not depend on how it is divided. Images at the end of
-    an epoch's order that fill no batch are dropped.
+    an epoch's order that fill no batch are left out.
+
+    Images are augmented anew in every epoch; with `num_augmentations` above 0 they have so many augmentations, of which
+    epoch e takes number e mod `num_augmentations`. The order is a new one in every epoch all the same.
 
     Raises:
         ValueError: the batch cannot be divided, or there are fewer images than one batch.
@@ -311,6 +325,7 @@ class TrainBatches:
         accumulation: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        num_augmentations: int = 0,
     ):
         if batch_size % (world_size * accumulation):
             raise ValueError(
@@ -329,18 +344,20 @@ class TrainBatches:
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.rank = rank
+        self.world_size = world_size
         self.steps_per_epoch = len(images) // batch_size
-        self.parts = _TrainParts(images, num_classes, data, augment, seed, rank)
+        self.parts = _TrainParts(images, num_classes, data, augment, seed, rank, num_augmentations)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """For each optimiser step from `start_step` on, this process's `accumulation` pairs of images and targets.
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[TrainPart]]:
+        """For each optimiser step from `start_step` on, this process's `accumulation` parts.
 
-        Targets are probabilities: one-hot, or mixed by mixup and cutmix.
+        A part is images, targets, and the indices of the images among all. Targets are probabilities: one-hot, or mixed
+        by mixup and cutmix.
 
-        Shape: images [n, 3, img_size, img_size], targets [n, num_classes], n = batch_size / world_size / accumulation.
+        Shape: images [n, 3, img_size, img_size], targets [n, num_classes], indices [n], n = batch_size / world_size /
+        accumulation.
         """
-        generator = torch.Generator().manual_seed(_seed_from(self.seed, epoch))
-        order = torch.randperm(self.num_images, generator=generator).tolist()
+        order = self._order(epoch)
         keys = []
         for step in range(start_step, self.steps_per_epoch):
             for part in range(self.accumulation):
@@ -349,6 +366,17 @@ class TrainBatches:
         loaded = iter(_load(self.parts, keys, self.num_workers))
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(loaded) for _ in range(self.accumulation)]
+
+    def left_out(self, epoch: int) -> Iterable[TrainPart]:
+        """This process's share of the images that fill no batch of an epoch, in parts like those of `epoch`."""
+        left = self._order(epoch)[self.steps_per_epoch * self.batch_size :][self.rank :: self.world_size]
+        starts = range(0, len(left), self.part_size)
+        keys = [(epoch, self.steps_per_epoch, i, left[s : s + self.part_size]) for i, s in enumerate(starts)]
+        return _load(self.parts, keys, self.num_workers)
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_seed_from(self.seed, epoch))
+        return torch.randperm(self.num_images, generator=generator).tolist()
 
 
 class _EvalParts:

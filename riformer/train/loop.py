@@ -2,9 +2,10 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from functools import partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -24,7 +25,7 @@ from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_sc
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes_img_size
 from riformer.model.weights import save, start_at, start_from
 from riformer.recipes import teacher_recipe
-from riformer.train.data import Dataset, TrainBatches, eval_batches, open_dataset
+from riformer.train.data import Dataset, TrainBatches, TrainPart, eval_batches, open_dataset
 from riformer.train.distributed import (
     any_process,
     average_gradients,
@@ -35,8 +36,10 @@ from riformer.train.distributed import (
     process_group,
 )
 from riformer.train.evaluate import evaluate
+from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
 
+Recall = Callable[[Tensor, Callable[[], Tensor]], Tensor]  # indices of images and the teacher's run on them -> logits
 SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that is shorter
 
 
@@ -76,7 +79,10 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         data = open_dataset(recipe.data, recipe.seed, record)
         if main and record is None:
             run.write("data.json", data.record())
+    cache = teacher_cache(recipe, run, data)
     if distill.trains_teacher:
+        if cache:
+            cache.check_space()
         _try_on_paper(recipe, data)
         _train(teacher_recipe(recipe), Run(run.path / "teacher"), progress, rank, world_size, device)
 
@@ -103,7 +109,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     # optimiser
     batches = TrainBatches(
         data.splits["train"], len(data.classes), recipe.data, recipe.augment, recipe.seed,
-        optim.batch_size, optim.accumulation, rank, world_size,
+        optim.batch_size, optim.accumulation, rank, world_size, distill.cache_augmentations,
     )  # fmt: skip
     num_steps = optim.epochs * batches.steps_per_epoch
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
@@ -137,7 +143,15 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     def tell(line: dict[str, Any]) -> None:
         progress({"run": str(run.path), "name": recipe.name, "num_steps": num_steps, **line})
 
-    tell({"kind": "start", "step": step, "pairs": imitation.describe() if imitation else []})
+    pairs, outputs = imitation.describe() if imitation else [], cache.describe() if cache else ""
+    tell({"kind": "start", "step": step, "pairs": pairs, "teacher_outputs": outputs})
+
+    # teacher outputs that are kept, their size told before they are made
+    if cache and logit_teacher and step < num_steps:
+        with main_process_first(rank):
+            if main:
+                cache.create(origin(recipe, data, logit_teacher))
+            cache.open()
 
     # objective
     student = torch.compile(model) if optim.compile else model
@@ -147,6 +161,8 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
 
     def save_state() -> None:
         rng = gather(_rng_state(device))
+        if main and cache:
+            cache.flush()  # which covers what the other processes have written until they gathered
         if main:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             states |= {"projections": projections.state_dict()}
@@ -159,11 +175,13 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         for epoch in range(step // batches.steps_per_epoch, optim.epochs):
             epoch_began = time.monotonic()
             step_began = time.monotonic()
+            taught = objective.taught
+            recall = partial(cache.logits, epoch % distill.cache_augmentations) if cache else None
             model.train()
             for parts in batches.epoch(epoch, start_step=step % batches.steps_per_epoch):
                 schedule.step_update(step)
                 scale = imitation_scale(distill.schedule, step / num_steps, distill.phase)
-                terms = _backward(objective, parts, scale, student, optim.precision, device)
+                terms = _backward(objective, parts, scale, student, optim.precision, device, recall)
                 if not isfinite(terms["loss"]):
                     raise RuntimeError(
                         f"the loss is not finite after step {step}: {terms}; lower optim.lr or set optim.clip_grad"
@@ -190,6 +208,8 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                         raise KeyboardInterrupt
 
             # end of the epoch
+            if recall and logit_teacher and epoch < distill.cache_augmentations:
+                _remember(batches.left_out(epoch), logit_teacher, optim.precision, device, recall)
             kept = ema.module if ema else model
             size = optim.batch_size // world_size // optim.accumulation
             val_batches = eval_batches(data.splits["val"], recipe.data, size, rank, world_size)
@@ -199,6 +219,8 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                 "val_loss": result.loss, "val_images": result.num_images,
                 "seconds": round(time.monotonic() - epoch_began, 3),
             }  # fmt: skip
+            if cache:
+                line["teacher_batches"] = sum(gather(objective.taught - taught))
             if main:
                 run.log(line)
                 if result.top1 > best:
@@ -284,26 +306,40 @@ def build_teachers(
 
 def _backward(
     objective: Objective,
-    parts: list[tuple[Tensor, Tensor]],
+    parts: list[TrainPart],
     scale: float,
     student: nn.Module,
     precision: str,
     device: torch.device,
+    recall: Recall | None,
 ) -> dict[str, float]:
     """Gradients of the mean loss over the parts, and each term's mean over the parts and processes."""
     sums: dict[str, Tensor] = {}
-    for i, (images, targets) in enumerate(parts):
+    for i, (images, targets, indices) in enumerate(parts):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         last = i == len(parts) - 1
         no_sync = student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
         with no_sync:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                terms = objective(images, targets, scale)
+            with _autocast(precision, device):
+                terms = objective(images, targets, scale, partial(recall, indices) if recall else None)
             (terms["loss"] / len(parts)).backward()
         right = (terms.pop("output").argmax(1) == targets.argmax(1)).float().mean()
         for name, value in {**terms, "top1": 100 * right}.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() / len(parts)
     return dict(zip(sums, mean_over_processes(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+
+def _remember(
+    parts: Iterable[TrainPart], teacher: nn.Module, precision: str, device: torch.device, recall: Recall
+) -> None:
+    """Keeps the teacher's outputs on images that this epoch leaves out, but a later one may take."""
+    for images, _, indices in parts:
+        with _autocast(precision, device):
+            recall(indices, partial(teacher, images.to(device)))
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 - metrics.jsonl: a line for each optimiser step and each epoch
 - best/: the best model so far: config.json and model.safetensors, in the Hub's layout
 - last/: the state to resume from, with checksums; last.previous/ is the one before
+- teacher_outputs/: where they are kept for later epochs; not needed once it is finished
 - teacher/: the run of its own teacher, where it trained one
 - evaluation.json: accuracy, parity and speed of the finished model
 """

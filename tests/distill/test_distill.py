@@ -283,6 +283,37 @@ def test_module_teacher_rests_while_imitation_is_off():
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize("roles", ["one in both", "one of an ensemble", "two"])
+def test_known_logits_spare_the_logit_teacher_and_maps_come_from_one_run_of_the_module_teacher(roles):
+    student, modules = build(), Teacher(build("pooling", seed=1), MEAN, STD)
+    other = Teacher(build("attention", seed=2), MEAN, STD)
+    logit = {"one in both": modules, "one of an ensemble": Ensemble([other, modules]), "two": other}[roles]
+    calls = {"modules": 0, "other": 0}
+    for name, teacher in (("modules", modules), ("other", other)):
+        teacher.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    images, targets = batch()
+    with objective(student, {"soft": 1.0, "block": 1.0}, logit, modules) as learns:
+        expected = learns(images, targets)
+        assert (calls["modules"], learns.taught) == (1, 1)
+        calls.update(modules=0, other=0)
+        known = logit(images)
+        calls.update(modules=0, other=0)
+        recalled = learns(images, targets, recall=lambda run: known)
+        assert calls == {"modules": 1, "other": 0}
+        assert learns.taught == 2
+        assert_close(recalled, expected, atol=0, rtol=0)
+        asked = learns(images, targets, recall=lambda run: run())
+        assert calls["modules"] == 2
+        assert_close(asked, expected, atol=0, rtol=0)
+        calls.update(modules=0, other=0)
+        late = learns(images, targets, scale=0.0, recall=lambda run: known)
+        assert calls == {"modules": 0, "other": 0}
+        assert learns.taught == 3
+        assert_close(late["soft"], expected["soft"], atol=0, rtol=0)
+        fresh = learns(images.flip(0), targets, recall=lambda run: known.flip(0))  # no map of another batch is left
+        assert_close(fresh["block"], expected["block"])
+
+
 def test_missing_teachers_are_named_before_the_first_step():
     with pytest.raises(ValueError, match=r"\['soft'\] need a logit teacher"):
         Objective(build(), {"soft": 1.0})

@@ -151,6 +151,17 @@ def test_how_it_was_trained(tmp_path):
     assert "could not be read: 1." in training
 
 
+def test_kept_teacher_outputs_are_told(tmp_path):
+    for i, (top_k, kept) in enumerate({0: "all of it", 5: "its 5 largest probabilities"}.items()):
+        distill = replace(FULL.distill, schedule="first_phase", cache_augmentations=4, cache_top_k=top_k)
+        card = model_card(write_run(tmp_path / str(i), replace(FULL, distill=distill)))
+        told = (
+            f"4 augmentations, taken in turns by the epochs; of the logit teacher's output on each of them, {kept} was"
+        )
+        assert told in section(card, "Training")
+    assert "in turns" not in model_card(write_run(tmp_path / "none"))
+
+
 def test_what_was_not_is_not_told(tmp_path):
     training = section(model_card(write_run(tmp_path / "run", LABELS)), "Training")
     assert "Loss: 1 × label, labels smoothed by 0.1." in training

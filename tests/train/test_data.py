@@ -443,16 +443,16 @@ def test_seeded_depends_on_keys_alone_and_restores() -> None:
 
 def test_sample_is_a_pure_function_of_seed_epoch_and_index(digits: Dataset) -> None:
     parts = train_batches(digits).parts
-    alone, _ = parts[2, 0, 0, [7, 11]]
+    alone, *_ = parts[2, 0, 0, [7, 11]]
     draws()
     unmixed = train_batches(digits, replace(EVERYTHING, mixup=0.0, cutmix=0.0)).parts
-    company, _ = unmixed[2, 5, 0, [3, 11, 7]]
-    pair, _ = unmixed[2, 0, 1, [7, 11]]
+    company, *_ = unmixed[2, 5, 0, [3, 11, 7]]
+    pair, *_ = unmixed[2, 0, 1, [7, 11]]
     torch.testing.assert_close(pair, company[[2, 1]], atol=0, rtol=0)
-    again, _ = parts[2, 0, 0, [7, 11]]
+    again, *_ = parts[2, 0, 0, [7, 11]]
     torch.testing.assert_close(again, alone, atol=0, rtol=0)
-    other_epoch, _ = unmixed[3, 0, 0, [7, 11]]
-    other_seed, _ = train_batches(digits, replace(EVERYTHING, mixup=0.0, cutmix=0.0), seed=1).parts[2, 0, 0, [7, 11]]
+    other_epoch, *_ = unmixed[3, 0, 0, [7, 11]]
+    other_seed, *_ = train_batches(digits, replace(EVERYTHING, mixup=0.0, cutmix=0.0), seed=1).parts[2, 0, 0, [7, 11]]
     assert (other_epoch - pair).abs().max() > 0.1
     assert (other_seed - pair).abs().max() > 0.1
 
@@ -511,7 +511,7 @@ def step_images(digits: Dataset, **knobs: Any) -> list[Tensor]:
     """All images of each step of epoch 3, over ranks and parts, in the order of the global batch."""
     world_size = knobs.get("world_size", 1)
     ranks = [list(train_batches(digits, LIGHT, rank=rank, **knobs).epoch(3)) for rank in range(world_size)]
-    return [torch.cat([images for parts in step for images, _ in parts]) for step in zip(*ranks, strict=True)]
+    return [torch.cat([images for parts in step for images, *_ in parts]) for step in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize("knobs", [{"world_size": 2}, {"accumulation": 2}, {"world_size": 2, "accumulation": 4}])
@@ -525,13 +525,42 @@ def test_an_epoch_takes_each_image_at_most_once(digits: Dataset) -> None:
     numbered = replace(some(digits, 50), labels=list(range(50)))  # each image is its own class
     batches = TrainBatches(numbered, 50, SMALL, LIGHT, seed=0, batch_size=8)
     assert batches.steps_per_epoch == 6
-    targets = torch.cat([target for step in batches.epoch(0) for _, target in step])
+    targets = torch.cat([target for step in batches.epoch(0) for _, target, _ in step])
     assert targets.sum(0).max() == 1
     assert targets.sum() == 48
 
 
+def test_augmentations_come_in_turns_and_the_order_is_always_new(digits: Dataset) -> None:
+    batches = train_batches(digits, replace(EVERYTHING, mixup=0.0, cutmix=0.0), num_augmentations=2)
+    seen: list[dict[int, Tensor]] = []
+    for epoch in range(4):
+        parts = [part for step in batches.epoch(epoch) for part in step] + list(batches.left_out(epoch))
+        indices = torch.cat([indices for *_, indices in parts]).tolist()
+        assert sorted(indices) == list(range(50))
+        seen.append(dict(zip(indices, torch.cat([images for images, *_ in parts]), strict=True)))
+    orders = [list(images) for images in seen]
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
+    for i in range(50):
+        torch.testing.assert_close(seen[2][i], seen[0][i], atol=0, rtol=0)
+        torch.testing.assert_close(seen[3][i], seen[1][i], atol=0, rtol=0)
+    assert all((seen[1][i] - seen[0][i]).abs().max() > 0 for i in range(50))
+    live = train_batches(digits, replace(EVERYTHING, mixup=0.0, cutmix=0.0))
+    assert_same_steps(list(batches.epoch(1)), list(live.epoch(1)))
+    assert not torch.equal(next(batches.epoch(2))[0][0], next(live.epoch(2))[0][0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_an_epoch_leaves_out_is_shared_by_the_processes(digits: Dataset, world_size: int) -> None:
+    ranks = [train_batches(digits, LIGHT, batch_size=14, world_size=world_size, rank=r) for r in range(world_size)]
+    left = [part for batches in ranks for part in batches.left_out(1)]
+    taken = [part for batches in ranks for step in batches.epoch(1) for part in step]
+    assert sorted(torch.cat([indices for *_, indices in left + taken]).tolist()) == list(range(50))
+    assert sum(len(images) for images, *_ in left) == 50 % 14
+    assert list(train_batches(digits, LIGHT, batch_size=10).left_out(0)) == []
+
+
 def test_targets_are_one_hot_or_mixed(digits: Dataset) -> None:
-    (images, targets), *_ = next(train_batches(digits, LIGHT).epoch(0))
+    (images, targets, _), *_ = next(train_batches(digits, LIGHT).epoch(0))
     assert images.shape == (8, 3, 16, 16)
     assert (images.dtype, targets.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(targets.sort(dim=1).values, torch.eye(10)[9].expand(8, 10))
@@ -540,7 +569,7 @@ def test_targets_are_one_hot_or_mixed(digits: Dataset) -> None:
         steps = [step[0] for step in mixing.epoch(0)]
         again = [step[0] for step in mixing.epoch(0)]
         assert_same_steps(again, steps)
-        mixed = torch.cat([targets for _, targets in steps])
+        mixed = torch.cat([targets for _, targets, _ in steps])
         assert mixed.dtype == torch.float32
         torch.testing.assert_close(mixed.sum(1), torch.ones(48))
         assert ((mixed > 0.01) & (mixed < 0.99)).any()
@@ -553,7 +582,7 @@ def test_ranks_and_parts_mix_differently(digits: Dataset) -> None:
         TrainBatches(numbered, 16, SMALL, replace(LIGHT, mixup=0.8), 0, 16, accumulation=2, rank=rank, world_size=2)
         for rank in (0, 1)
     ]
-    shares = [targets.max().item() for batch in batches for _, targets in next(batch.epoch(0))]
+    shares = [targets.max().item() for batch in batches for _, targets, _ in next(batch.epoch(0))]
     assert len(set(shares)) == 4
 
 
