@@ -33,9 +33,10 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.mixers import MIXERS
 from riformer.model.weights import convert, load, save, save_pretrained
 from riformer.progress import TrainProgress
-from riformer.recipes import RECIPES, RUNGS
+from riformer.recipes import DEFAULT_RUNGS, RECIPES, RUNGS
 from riformer.study.card import model_card
 from riformer.study.cost import count_params
+from riformer.study.dryrun import Projection, dry_run
 from riformer.study.evaluation import describe, evaluate_model, evaluate_run
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.study.report import write_report
@@ -71,10 +72,21 @@ def train(argv: list[str]) -> int:
     with an interrupted run. Several processes: torchrun --nproc-per-node N -m riformer train ...
     """
     given, base = _base_recipe(argv)
-    parser = _recipe_parser(train)
+    parser = _recipe_parser(train, given)
+    dry_help = (
+        "build everything, time some steps on synthetic images and say what the training will take; write nothing"
+    )
+    parser.add_argument("--dry_run", action="store_true", help=dry_help)
+    parser.add_argument("--rung", type=str, default="full", help="train this rung of a ladder, see `riformer list`")
     parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
     parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
     options, recipe = _parse_recipe(parser, base, argv)
+    recipe = RUNGS[_known(options.rung, RUNGS, "rung")](recipe)
+    if options.dry_run:
+        with errors.status("") as status:
+            projections = dry_run(recipe, status.update)
+        _print_projections(projections)
+        return 0
     folder = Path(given.resume or options.out or f"runs/{recipe.name}-seed{recipe.seed}")
     with TrainProgress(_main_console()) as progress:
         finished = run_recipe(recipe, folder, progress)
@@ -90,9 +102,10 @@ def ladder(argv: list[str]) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a ladder runs in one process; give each of its trainings to torchrun by itself")
-    _, base = _base_recipe(argv)
-    parser = _recipe_parser(ladder)
-    parser.add_argument("--rungs", type=list[str], default=list(RUNGS), help="what to compare, see `riformer list`")
+    given, base = _base_recipe(argv)
+    parser = _recipe_parser(ladder, given)
+    rungs_help = "what to compare, see `riformer list`"
+    parser.add_argument("--rungs", type=list[str], default=list(DEFAULT_RUNGS), help=rungs_help)
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each rung")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
@@ -305,8 +318,11 @@ def _parser(verb: Callable) -> ArgumentParser:
     return ArgumentParser(prog=f"riformer {name}", description=verb.__doc__)
 
 
-def _recipe_parser(verb: Callable) -> ArgumentParser:
+def _recipe_parser(verb: Callable, given: Namespace) -> ArgumentParser:
     parser = _parser(verb)
+    if not given.config and not given.resume:
+        name = given.recipe or "quickstart"
+        parser.epilog = f"The recipe {name}: {RECIPES[name].__doc__}"
     names = ", ".join(RECIPES)
     parser.add_argument("--recipe", type=str, default="quickstart", help=f"settings to start from: {names}")
     parser.add_argument("--config", type=str, help="start from a run's recipe.json instead")
@@ -393,6 +409,41 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
         return {"path": prediction.path, "error": prediction.error}
     classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
     return {"path": prediction.path, "classes": classes}
+
+
+def _print_projections(projections: list[Projection]) -> None:
+    """What takes part, what was timed, and a row for each training: memory, and times up to the whole of it."""
+    table = Table(Column("training", no_wrap=True), "memory", "a step", "an epoch", "in all", box=SIMPLE_HEAD)
+    lines: list[str] = []
+    for p in projections:
+        told = [f"{p.name}: {p.model}", *p.teachers, *p.pairs, *[f"note: {note}" for note in p.notes]]
+        lines += [line for line in told if line not in lines]
+        epoch = f"{_duration(p.epoch_seconds)}, {p.steps_per_epoch:,} steps"
+        total = f"{_duration(p.total_seconds)}, {p.epochs:,} epochs"
+        table.add_row(p.name, f"{p.memory / 1e9:.1f} GB", _duration(p.step_seconds), epoch, total)
+    for p in projections:
+        lines.append(
+            f"{p.name}: a step of {p.batch_size:,} images = {p.batch_size / p.timed_images:g} x "
+            f"{_duration(p.timed_seconds)} for {p.timed_images} images forward and backward + "
+            f"{_duration(p.update_seconds)} for the update"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    in_all = _duration(sum(p.total_seconds for p in projections))
+    console.print(
+        f"{in_all} on one {projections[0].device}, without reading images and without evaluation; nothing was written",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{1000 * seconds:.0f} ms"
 
 
 def _print_runs(runs: list[Run]) -> None:

@@ -1,4 +1,4 @@
-"""Functions that return a Recipe, and the rungs: what a comparison changes in a recipe.
+"""Functions that return a Recipe, and the rungs: what a comparison changes in a recipe. published.py has more recipes.
 
 `RECIPES` has what `riformer train --recipe NAME` takes, `RUNGS` what `riformer ladder --rungs NAME` runs. A recipe is a
 complete configuration, of which anything can be overridden; a rung turns one recipe into another.
@@ -7,22 +7,13 @@ complete configuration, of which anything can be overridden; a rung turns one re
 from collections.abc import Callable
 from dataclasses import replace
 
+from riformer import published
 from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
+from riformer.published import PARADIGM
 
 LABELS = DistillConfig()
-# The paper's paradigm: soft labels without ground truth, the teacher's weights, imitation. One network in both teacher
-# roles. Choice: equal weights of the terms, and imitation fading out, because the paper gives no values.
-FULL = DistillConfig(
-    logit_teacher="own",
-    module_teacher="own",
-    start_from_teacher=True,
-    label_weight=0.0,
-    soft_weight=1.0,
-    block_weight=1.0,
-    mixer_weight=1.0,
-    relation_weight=1.0,
-    schedule="cosine",
-)
+# The paper's paradigm with one network, trained in the same run, in both teacher roles.
+FULL = replace(PARADIGM, logit_teacher="own", module_teacher="own")
 
 
 def quickstart() -> Recipe:
@@ -85,9 +76,51 @@ def labels_long(recipe: Recipe) -> Recipe:
     return replace(labels(recipe), name=f"{recipe.name}-labels-long", optim=replace(recipe.optim, epochs=epochs))
 
 
+def mixer(recipe: Recipe) -> Recipe:
+    """The network with its token mixer kept (that of a teacher of its own), on labels: the paper's PoolFormer."""
+    return _rung(recipe, "mixer", recipe.teacher.mixer, LABELS)
+
+
+def identity(recipe: Recipe) -> Recipe:
+    """The network without token mixer and without stand-in, on labels alone."""
+    return _rung(recipe, "identity", "identity", LABELS)
+
+
+def hard(recipe: Recipe) -> Recipe:
+    """The same, on labels and the logit teacher's decisions, half each."""
+    return _rung(recipe, "hard", "identity", _logits_alone(recipe, label=0.5, hard=0.5))
+
+
+def soft(recipe: Recipe) -> Recipe:
+    """The same, on the logit teacher's probabilities without labels."""
+    return _rung(recipe, "soft", "identity", _logits_alone(recipe, soft=1.0))
+
+
+def affine(recipe: Recipe) -> Recipe:
+    """The same, with an affine in the mixer's place."""
+    return _rung(recipe, "affine", "affine", _logits_alone(recipe, soft=1.0))
+
+
+def imitation(recipe: Recipe) -> Recipe:
+    """The recipe as it is, but from fresh weights: imitation without the teacher's weights."""
+    return _rung(recipe, "imitation", recipe.model.mixer, replace(recipe.distill, start_from_teacher=False))
+
+
 def full(recipe: Recipe) -> Recipe:
     """The recipe as it is."""
     return recipe
+
+
+def _rung(recipe: Recipe, name: str, mixer: str, distill: DistillConfig) -> Recipe:
+    return replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, mixer=mixer), distill=distill)
+
+
+def _logits_alone(recipe: Recipe, label: float = 0.0, hard: float = 0.0, soft: float = 0.0) -> DistillConfig:
+    """What the recipe learns from, with these terms instead of its own: no module teacher, nothing about imitation."""
+    unused = ["module_teacher", "start_from_teacher", "block_weight", "mixer_weight", "relation_weight"]
+    unused += ["positions", "block_match", "relation_tokens", "schedule", "phase"] + ["temperature"] * (not soft)
+    plain = {name: getattr(LABELS, name) for name in unused}
+    return replace(recipe.distill, label_weight=label, hard_weight=hard, soft_weight=soft, **plain)
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -110,10 +143,33 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart": quickstart,
     "small-images": small_images,
     "photos": photos,
+    "s12": published.s12,
+    "s24": published.s24,
+    "s36": published.s36,
+    "m36": published.m36,
+    "m48": published.m48,
+    "s12-384": published.s12_384,
+    "s24-384": published.s24_384,
+    "s36-384": published.s36_384,
+    "m36-384": published.m36_384,
+    "m48-384": published.m48_384,
+    "s12-120": published.s12_120,
+    "poolformer-s12": published.poolformer_s12,
+    "identityformer-s12": published.identityformer_s12,
+    "gfnet-h-ti": published.gfnet_h_ti,
+    "gfnet-h-s": published.gfnet_h_s,
+    "gfnet-h-b": published.gfnet_h_b,
 }
 
-RUNGS: dict[str, Callable[[Recipe], Recipe]] = {
+RUNGS: dict[str, Callable[[Recipe], Recipe]] = {  # the controls, then the paper's ladder, which ends with full
     "labels": labels,
     "labels-long": labels_long,
+    "mixer": mixer,
+    "identity": identity,
+    "hard": hard,
+    "soft": soft,
+    "affine": affine,
+    "imitation": imitation,
     "full": full,
 }
+DEFAULT_RUNGS = ("labels", "labels-long", "full")

@@ -78,8 +78,8 @@ def test_resume_takes_all_settings_from_the_run(run, capsys):
 
 def test_overrides_take_dashes_or_underscores_and_refuse_what_does_not_exist(tmp_path, capsys):
     for spelling in ("--data.on-bad", "--data.on_bad"):
-        _, base = cli._base_recipe([])
-        _, recipe = cli._parse_recipe(cli._recipe_parser(cli.train), base, [cli._underscored(spelling), "skip"])
+        given, base = cli._base_recipe([])
+        _, recipe = cli._parse_recipe(cli._recipe_parser(cli.train, given), base, [cli._underscored(spelling), "skip"])
         assert recipe.data.on_bad == "skip"
     with pytest.raises(SystemExit) as error:
         cli.run("train", ["--optim.learning-rate", "1"])

@@ -97,6 +97,18 @@ def test_docs_name_files_verbs_and_recipes_that_exist():
     assert set(re.findall(r"--recipe ([\w-]+)", README + MAKEFILE)) <= set(RECIPES)
 
 
+def test_the_readme_gives_the_published_recipes_as_they_are():
+    rows = re.findall(r"^\| (`.*`) \|.*\| ([\d. ]+) \| ([\d, ]+) \|$", README, re.MULTILINE)
+    named = set()
+    for names, accuracies, hours in rows:
+        columns = re.findall(r"[\w-]+", names), accuracies.split(), hours.split()
+        for name, accuracy, cost in zip(*columns, strict=True):
+            named.add(name)
+            assert f"top-1 {accuracy}" in RECIPES[name].__doc__
+            assert f"Cost: {cost} GPU-hours" in RECIPES[name].__doc__
+    assert named == {name for name in RECIPES if RECIPES[name].__module__ == "riformer.published"}
+
+
 def test_links_of_the_readme_lead_somewhere():
     local = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert len(local) >= 3

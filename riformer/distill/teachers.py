@@ -1,6 +1,6 @@
 """Teachers: built from a reference, frozen, given images at their own size under their own normalisation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -94,7 +94,7 @@ class Ensemble(nn.Module):
         return (log_probabilities + self.log_weights.view(-1, 1, 1)).logsumexp(0)
 
 
-def open_model(reference: str, img_size: int = 0) -> nn.Module:
+def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn.Module:
     """The model that `reference` names, with its weights.
 
     - `timm:NAME` with timm's pretrained weights, `timm:NAME@FILE` with those in a checkpoint file
@@ -104,6 +104,7 @@ def open_model(reference: str, img_size: int = 0) -> nn.Module:
     Args:
         reference: as above.
         img_size: pixels that a model bound to a token grid is built for, its weights resampled; 0 keeps its own.
+        pretrained: False gives `timm:` models random weights; no file is read and nothing fetched.
 
     Raises:
         ValueError: nothing can be read there.
@@ -115,11 +116,11 @@ def open_model(reference: str, img_size: int = 0) -> nn.Module:
     try:
         if img_size and takes_img_size(name):
             args["img_size"] = img_size
-        if file:
+        if file and pretrained:
             state = read_checkpoint(file)
             classes = _num_classes(name, state)
             args |= {**classes, "pretrained_cfg_overlay": {"state_dict": state, **classes}}
-        model = timm.create_model(name, pretrained=True, **args)
+        model = timm.create_model(name, pretrained=pretrained, **args)
     except RuntimeError as error:  # which timm raises for unknown names, missing weights and weights that do not fit
         raise ValueError(f"{reference}: {error}") from error
     model.pretrained_cfg.pop("state_dict", None)
@@ -147,8 +148,9 @@ def build_teacher(
     student_std: Sequence[float],
     img_size: int = 0,
     compile: bool = False,
+    opened: Callable[[str, int], nn.Module] = open_model,
 ) -> Teacher:
-    """The teacher that `reference` names, see `open_model`; `img_size` and `compile` as for `Teacher`.
+    """The teacher that `reference` names, as `opened` opens it; `img_size` and `compile` as for `Teacher`.
 
     `num_classes` is that of the data, or None for a teacher whose logits do not matter.
 
@@ -156,7 +158,7 @@ def build_teacher(
         ValueError: nothing can be read there, or it knows another number of classes than the data, or takes other
             images than RGB.
     """
-    model = open_model(reference, img_size)
+    model = opened(reference, img_size)
     if num_classes is not None and model.num_classes != num_classes:
         raise ValueError(
             f"teacher {reference} has {model.num_classes} classes, but the data has {num_classes}: "

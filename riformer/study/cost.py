@@ -1,8 +1,8 @@
-"""What a network costs on paper: parameters, and multiply-accumulates of one image.
+"""What a network costs on paper: parameters, and multiply-accumulates of one image; and the GPU-hours of a training.
 
-Counted as the published RIFormer numbers are (mmengine's and fvcore's rules): convolutions and matrix products by
-their multiplications, norms at 5 per element; biases, activations, pooling, residual adds, layer scales and affines
-at nothing.
+Multiply-accumulates are counted as the published RIFormer numbers are (mmengine's and fvcore's rules): convolutions
+and matrix products by their multiplications, norms at 5 per element; biases, activations, pooling, residual adds, layer
+scales and affines at nothing.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,24 @@ from itertools import chain
 from math import log2, prod
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from riformer.config import Recipe
+from riformer.recipes import teacher_recipe
+
 aten = torch.ops.aten
+
+PUBLISHED_IMAGES_PER_S = {  # inference at 224 px on the authors' GPU
+    **{"riformer_s12": 4899.80, "riformer_s24": 2530.48, "riformer_s36": 1699.94},
+    **{"riformer_m36": 1185.33, "riformer_m48": 897.05},
+    **{"poolformer_s12": 4160.18, "poolformer_s24": 2140.20, "poolformer_s36": 1440.37},
+    **{"poolformer_m36": 1009.45, "poolformer_m48": 761.93},
+    "gfnet_h_b": 939.20,
+}
 
 
 def count_params(model: nn.Module) -> int:
@@ -44,6 +56,51 @@ def count_macs(model: nn.Module, img_size: int | Sequence[int] = 224) -> int:
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
         model(torch.empty(1, *shape, device=like.device, dtype=like.dtype))
     return counter.get_total_flops() // 2
+
+
+def gpu_hours(recipe: Recipe, num_images: int = 1_281_167) -> float:
+    """GPU-hours of a training: an estimate on paper, for the GPU on which the paper measured throughputs.
+
+    From published inference throughputs: an image goes forward through the student and every teacher, and backward
+    through the student at twice the cost of forward. Another image size, and GFNet-H-Ti and -S by the B's throughput,
+    scale by multiply-accumulates. Reading images, the optimiser and evaluation are left out, and a teacher named "own"
+    is counted with its own training. It says nothing of any other GPU: `study.dryrun` measures the one at hand.
+
+    Raises:
+        ValueError: the throughput of a network was never published.
+    """
+    distill, size = recipe.distill, recipe.data.img_size
+    if any((recipe.model.depths, recipe.model.dims, recipe.model.stem_patch, recipe.model.stem_stride)):
+        raise ValueError(f"no throughput is published of {recipe.model.name} with other sizes than its own")
+    seconds = 3 * _published_seconds(_name(recipe), size)
+    for reference in {*distill.logit_teachers, distill.module_teacher} - {""}:
+        name = reference.removeprefix("timm:").partition("@")[0]
+        seconds += _published_seconds(
+            _name(teacher_recipe(recipe)) if reference == "own" else name, distill.teacher_img_size or 224
+        )
+    hours = recipe.optim.epochs * num_images * seconds / 3600
+    return hours + (gpu_hours(teacher_recipe(recipe), num_images) if distill.trains_teacher else 0)
+
+
+def _name(recipe: Recipe) -> str:
+    """The name under which a throughput of the recipe's network would be published."""
+    name, mixer = recipe.model.name, recipe.model.mixer
+    if not name.startswith("riformer_") or mixer in ("affine", "identity"):
+        return name
+    return name.replace("riformer", "poolformer") if mixer == "pooling" else f"{name} with the mixer {mixer}"
+
+
+def _published_seconds(name: str, img_size: int) -> float:
+    """Seconds in which an image passes forward through the network."""
+    measured = "gfnet_h_b" if name in ("gfnet_h_ti", "gfnet_h_s") else name
+    if measured not in PUBLISHED_IMAGES_PER_S:
+        raise ValueError(f"no throughput is published of {name!r}; known are {', '.join(PUBLISHED_IMAGES_PER_S)}")
+    seconds = 1 / PUBLISHED_IMAGES_PER_S[measured]
+    if (name, img_size) == (measured, 224):
+        return seconds
+    with torch.device("meta"):
+        macs, measured_macs = (count_macs(timm.create_model(n), s) for n, s in ((name, img_size), (measured, 224)))
+    return seconds * macs / measured_macs
 
 
 def _norm_flops(x_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:

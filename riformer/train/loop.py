@@ -98,12 +98,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     if distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
     weights = {name: getattr(distill, f"{name}_weight") for name in TERMS}
-    imitation = None
-    if module_teacher and any(weights[name] for name in IMITATION):
-        imitation = Imitation(
-            model, module_teacher, [name for name in IMITATION if weights[name]], recipe.data.img_size,
-            distill.positions, distill.block_match, distill.relation_tokens, recipe.seed,
-        )  # fmt: skip
+    imitation = build_imitation(recipe, model, module_teacher)
     projections = imitation.projections if imitation else nn.ModuleDict()
 
     # optimiser
@@ -284,8 +279,24 @@ def _try_on_paper(recipe: Recipe, data: Dataset) -> None:
             start_from(student, teacher.state_dict())
 
 
+def build_imitation(recipe: Recipe, model: nn.Module, module_teacher: Teacher | None) -> Imitation | None:
+    """What the recipe compares between student and module teacher, if anything."""
+    distill = recipe.distill
+    terms = [name for name in IMITATION if getattr(distill, f"{name}_weight")]
+    if not module_teacher or not terms:
+        return None
+    return Imitation(
+        model, module_teacher, terms, recipe.data.img_size,
+        distill.positions, distill.block_match, distill.relation_tokens, recipe.seed,
+    )  # fmt: skip
+
+
 def build_teachers(
-    recipe: Recipe, run: Run, num_classes: int, device: torch.device
+    recipe: Recipe,
+    run: Run,
+    num_classes: int,
+    device: torch.device,
+    opened: Callable[[str, int], nn.Module] = open_model,
 ) -> tuple[Teacher | Ensemble | None, Teacher | None]:
     """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike."""
     distill = recipe.distill
@@ -295,8 +306,9 @@ def build_teachers(
             path = str(run.path / "teacher") if reference == "own" else reference
             classes = num_classes if reference in distill.logit_teachers else None
             built[reference] = build_teacher(
-                path, classes, recipe.data.mean, recipe.data.std, distill.teacher_img_size, distill.compile_teachers
-            ).to(device)
+                path, classes, recipe.data.mean, recipe.data.std, distill.teacher_img_size, distill.compile_teachers,
+                opened,
+            ).to(device)  # fmt: skip
     logit_teachers = [built[reference] for reference in distill.logit_teachers]
     module_teacher = built.get(distill.module_teacher)
     if len(logit_teachers) > 1:
