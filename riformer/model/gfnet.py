@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, jit, nn
 
 from riformer.model.metaformer import build_pool, conv_size
-from riformer.model.mixers import GlobalFilter, resample_filter
+from riformer.model.mixers import GlobalFilter, filter_map, resample_filter
 
 
 class PatchEmbed(nn.Module):
@@ -36,7 +36,7 @@ class TokenFilter(GlobalFilter):
     """The global filter on channels-last maps. Shape: [N, H, W, C] -> [N, H, W, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return filter_map(x.permute(0, 3, 1, 2), self.complex_weight).permute(0, 2, 3, 1)
 
 
 class FilterBlock(nn.Module):

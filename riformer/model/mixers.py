@@ -95,12 +95,17 @@ class GlobalFilter(nn.Module):
         self.complex_weight = nn.Parameter(torch.randn(height, width // 2 + 1, dim, 2) * 0.02)
 
     def forward(self, y: Tensor) -> Tensor:
-        height, width = y.shape[-2:]
-        weight = resample_filter(self.complex_weight, height, width // 2 + 1).permute(3, 2, 0, 1)
-        wide = y if y.dtype == torch.float64 else y.float()  # autocast leaves alone what is float32 already
-        real, imaginary = weight.to(wide.dtype).unbind()
-        spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(real, imaginary)
-        return torch.fft.irfft2(spectrum, s=(height, width), norm="ortho").to(y.dtype)
+        return filter_map(y, self.complex_weight)
+
+
+def filter_map(y: Tensor, complex_weight: Tensor) -> Tensor:
+    """The map with its spectrum multiplied by a filter. Shape: [N, C, H, W], [h, w // 2 + 1, C, 2] -> [N, C, H, W]."""
+    height, width = y.shape[-2:]
+    weight = resample_filter(complex_weight, height, width // 2 + 1).permute(3, 2, 0, 1)
+    wide = y if y.dtype == torch.float64 else y.float()  # autocast leaves alone what is float32 already
+    real, imaginary = weight.to(wide.dtype).unbind()
+    spectrum = torch.fft.rfft2(wide, norm="ortho") * torch.complex(real, imaginary)
+    return torch.fft.irfft2(spectrum, s=(height, width), norm="ortho").to(y.dtype)
 
 
 def resample_filter(weight: Tensor, height: int, half_width: int) -> Tensor:

@@ -173,6 +173,7 @@ def test_a_perfect_imitation_costs_nothing(teacher):
         assert {name: float(term) for name, term in imitation.terms().items()} == dict.fromkeys(TERMS, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*searchsorted", "ignore:Using a non-tuple sequence")  # in timm's resampling
 @pytest.mark.parametrize("name", ["vit", "deit", "swin", "gfnet_h", "convnext"])
 def test_a_teacher_is_read_from_a_checkpoint_of_its_architecture_at_another_size(name, tmp_path):
     """`timm:NAME@FILE`, position embeddings and filters resampled to the size asked for."""

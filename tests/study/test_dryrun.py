@@ -118,7 +118,7 @@ def test_what_lies_on_disk_is_read_and_has_to_fit(tmp_path):
     (projection,) = dry_run(recipe, device="cpu")
     assert not any("random weights" in note for note in projection.notes)
     wider = replace(recipe, model=replace(TINY, dims=(8, 24)))
-    with pytest.raises(ValueError, match="module teacher does not fit"):
+    with pytest.raises(ValueError, match=r"module teacher, .* does not fit"):
         dry_run(wider, device="cpu")
     start = replace(recipe, model=replace(TINY, mixer="pooling", start=path), distill=DistillConfig())
     dry_run(start, device="cpu")
