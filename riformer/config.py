@@ -290,6 +290,8 @@ def check(recipe: Recipe) -> None:
     takes = imitation or distill.start_from_teacher
     refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
     refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
+    overwritten = bool(recipe.model.start) and distill.start_from_teacher
+    refuse(recipe.model, "start", overwritten, "distill.start_from_teacher would overwrite it; set one of the two")
 
     # kept teacher outputs
     keeps, always = distill.cache_augmentations > 0, distill.schedule != "first_phase" or distill.phase == 1

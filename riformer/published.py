@@ -202,7 +202,7 @@ def _gfnet(name: str, drop_path_rate: float) -> Recipe:
     """The defaults of GFNet's training script, which erases nothing, with its eight GPUs of 128 images."""
     return Recipe(
         name=name.replace("_", "-"),
-        data=_images("s12"),
+        data=replace(_images("s12"), crop_pct=0.875),  # their script resizes the shorter side to 256 of 224 pixels
         augment=AugmentConfig(random_erasing=0.0),
         model=ModelConfig(name=name, drop_path_rate=drop_path_rate),
         optim=OptimConfig(lr=1e-3, epochs=300, warmup_epochs=5, batch_size=1024, clip_grad=1.0),

@@ -71,8 +71,8 @@ def labels(recipe: Recipe) -> Recipe:
 
 
 def labels_long(recipe: Recipe) -> Recipe:
-    """The same network on labels alone, the steps of the teacher's training spent on it as well."""
-    epochs = recipe.optim.epochs + recipe.teacher.epochs
+    """The same network on labels alone, the steps of its own teacher's training, if any, spent on it as well."""
+    epochs = recipe.optim.epochs + recipe.teacher.epochs * recipe.distill.trains_teacher
     return replace(labels(recipe), name=f"{recipe.name}-labels-long", optim=replace(recipe.optim, epochs=epochs))
 
 

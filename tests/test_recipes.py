@@ -177,6 +177,13 @@ def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_lon
         ({"phase": 0.3}, "has no effect: schedule is not first_phase"),
         ({"temperature": 2.0}, "has no effect: soft_weight is 0"),
         ({"temperature": 0.0}, "temperature is 0.0, but must lie in"),
+        ({"teacher_img_size": 64}, "has no effect: no teacher is named"),
+        ({"compile_teachers": True}, "has no effect: no teacher is named"),
+        (
+            {"logit_teacher": ("a", "b"), "soft_weight": 1.0, "logit_teacher_weights": (1.0,)},
+            "there are 2 logit teachers",
+        ),
+        ({"logit_teacher": ("a", "b"), "soft_weight": 1.0, "logit_teacher_weights": (1.0, 0.0)}, "must be positive"),
         ({"phase": 2.0}, "phase is 2.0, but must lie in"),
         ({"cache_augmentations": 2}, r"cache_augmentations is 2, but has no effect: no logit teacher is named"),
         ({"cache_augmentations": -1}, r"cache_augmentations is -1, but must lie in 0"),
@@ -250,3 +257,12 @@ def test_a_value_of_another_type_in_a_file_is_named(value):
 def test_an_unknown_knob_in_a_file_is_named():
     with pytest.raises(ValueError, match="OptimConfig has no 'learning_rate'"):
         from_dict({"optim": {"learning_rate": 1}})
+
+
+def test_a_start_that_the_teachers_weights_would_overwrite_is_refused():
+    recipe = RECIPES["quickstart"]()
+    started = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, start="runs/first"))
+    with pytest.raises(
+        ValueError, match=r"model\.start is 'runs/first', but distill\.start_from_teacher would overwrite it"
+    ):
+        check(started)

@@ -228,7 +228,8 @@ class Imitation:
         lines = []
         for i, (ours, theirs) in enumerate(self.pairs):
             (width, *grid), (their_width, *their_grid) = next(iter(self.shapes.values()))[i]
-            how = [f"projected from {width} to {their_width} channels"] if width != their_width else []
+            projected = any(f"{name}{i}" in self.projections for name in self.modules)
+            how = [f"projected from {width} to {their_width} channels"] if projected else []
             if grid != their_grid:
                 how += [f"{_by(grid)} and {_by(their_grid)} tokens pooled to {_by(map(min, grid, their_grid))}"]
             lines.append(f"{ours} imitates {theirs}" + (f" ({'; '.join(how)})" if how else ""))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from riformer.model.gfnet import GFNet
+from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load, read_checkpoint
 
 
@@ -110,11 +112,19 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
         ValueError: nothing can be read there.
     """
     if not reference.startswith(("timm:", "local-dir:", "hf-hub:")):
-        return load(Path(reference))
-    name, _, file = reference.removeprefix("timm:").partition("@")
+        model, path = load(Path(reference)), Path(reference)
+        sized = tuple(model.pretrained_cfg["input_size"][-2:])
+        if not img_size or sized == (img_size, img_size) or isinstance(model, MetaFormer | GFNet):
+            return model  # those of this package resample in each pass what is bound to a grid
+        if path.is_file():
+            raise ValueError(f"{reference} is for images of {sized} pixels; only from a folder is it built for others")
+        reference = f"local-dir:{path / 'best' if (path / 'best').is_dir() else path}"
+    name, file = reference, ""
+    if reference.startswith("timm:"):
+        name, _, file = reference.removeprefix("timm:").partition("@")
     args: dict[str, Any] = {}
     try:
-        if img_size and takes_img_size(name):
+        if img_size and takes(name, "img_size"):
             args["img_size"] = img_size
         if file and pretrained:
             state = read_checkpoint(file)
@@ -127,11 +137,11 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
     return model
 
 
-def takes_img_size(name: str, **args: Any) -> bool:
-    """Whether timm's model of this name is built for one image size, which its constructor must then be told."""
+def takes(name: str, argument: str, **args: Any) -> bool:
+    """Whether the constructor behind timm's model of this name has this argument, such as `img_size`."""
     with torch.device("meta"):
         classes = type(timm.create_model(name, **args)).__mro__
-    return any("img_size" in signature(cls).parameters for cls in classes if issubclass(cls, nn.Module))
+    return any(argument in signature(cls).parameters for cls in classes if issubclass(cls, nn.Module))
 
 
 def _num_classes(name: str, state: dict[str, Tensor]) -> dict[str, int]:

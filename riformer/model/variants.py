@@ -77,7 +77,7 @@ default_cfgs = generate_default_cfgs(
     # Their files lie where only a browser gets them: fetch one by hand and load it, see docs/teachers.md.
     | {
         name: {
-            **_cfg(224, 32, 0.9),
+            **_cfg(224, 32, 0.875),
             "classifier": "head",
             "first_conv": "patch_embed.0.proj",
             "license": "mit",

@@ -69,10 +69,10 @@ def _is_gfnet(state: Mapping[str, Tensor]) -> bool:
 
 
 def fit_state(file: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint gives `model`: keys renamed, and what is bound to a token grid resampled to the model's."""
+    """What a checkpoint gives `model`: keys of a MetaFormer renamed, filters and GFNet's positions on its grid."""
     for name in ("state_dict", "model"):
         file = file.get(name, file)
-    return resample_state(to_timm_keys(file), model)
+    return resample_state(to_timm_keys(file) if isinstance(model, MetaFormer) else file, model)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor]) -> None:
         ValueError: anything else differs between the two.
     """
     mixers = {key: tensor for key, tensor in student.state_dict().items() if ".token_mixer." in key}
-    taken = {key: tensor for key, tensor in to_timm_keys(teacher_state).items() if ".token_mixer." not in key}
+    taken = {key: tensor for key, tensor in fit_state(teacher_state, student).items() if ".token_mixer." not in key}
     source = "module teacher, from whose weights the student is to start,"
     load_strict(student, {**taken, **_other_classifier(student, taken), **mixers}, source)
 

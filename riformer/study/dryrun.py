@@ -1,7 +1,8 @@
 """What a training will take here: all of it built, a few steps on synthetic images, and nothing written.
 
-No data set and no weights are needed. Times and memory do not depend on weights, so what would have to be fetched has
-random ones; what lies on disk is read, so that it is known to fit. A step is timed without reading images.
+No data set and no weights are needed. Times and memory do not depend on weights, so timm's pretrained models have
+random ones. What lies on disk is read, so that it is known to fit; a model on the Hub is fetched, since nothing else
+tells its architecture. A step is timed without reading images.
 """
 
 import os
@@ -19,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from riformer.config import Recipe, check
+from riformer.distill.cache import TeacherCache
 from riformer.distill.imitation import Imitation
 from riformer.distill.objective import TERMS, Objective
 from riformer.distill.teachers import Ensemble, Teacher, open_model
@@ -34,7 +36,7 @@ from riformer.train.run import Run, cpu_name
 
 NUM_TIMED = 2  # steps, after one that warms up
 CPU_PIXELS = 16 * 224 * 224  # most pixels that a processor is given at once: a step then takes seconds
-RUN = Run("run")  # stands for the folder in which a training would have its own teacher
+RUN = Run(os.devnull)  # stands for the folder in which a training would have its own teacher
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def build(
     model = build_model(recipe, data).to(device)
     if recipe.model.start:
         _start(recipe, model, opened, notes)
-    logit_teacher, module_teacher = build_teachers(recipe, RUN, len(data.classes), device, opened)
+    logit_teacher, module_teacher = build_teachers(recipe, RUN, data.classes, device, opened)
     if recipe.distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
     return model, logit_teacher, module_teacher, build_imitation(recipe, model, module_teacher)
@@ -149,6 +151,14 @@ def _project(
         num_images = min(num_images, max(2, CPU_PIXELS // size**2))
     if num_images < batches.part_size:
         notes.append(f"timed {num_images} images at once, not the {batches.part_size} of a part; the memory is theirs")
+    if optim.batch_size > num_images:
+        notes.append(f"one process takes {batches.part_size} images at once; N under torchrun take an Nth of them each")
+    if distill.cache_augmentations:
+        outputs = TeacherCache(
+            "teacher_outputs", distill.cache_augmentations, batches.num_images, num_classes, distill.cache_top_k
+        )
+        notes.append(f"teacher outputs to be kept: {outputs.describe()} of the run")
+        notes.append(f"after {distill.cache_augmentations} epochs the logit teacher rests, and a step takes less")
     images = torch.randn(num_images, 3, size, size, device=device)
     targets = torch.rand(num_images, num_classes, device=device).softmax(1)
     passes, updates = [], []
@@ -163,7 +173,7 @@ def _project(
                     loss = objective(images, targets)["loss"]
                 loss.backward()
             except torch.OutOfMemoryError as error:
-                advice = "raise --optim.accumulation, which changes nothing else"
+                advice = "raise --optim.accumulation, or share the images among more processes"
                 raise RuntimeError(f"{num_images} images at once do not fit; {advice}: {error}") from error
             between = _now(device)
             if optim.clip_grad:

@@ -61,7 +61,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     student = load(best).to(device)
     models = {"student": student, "deploy": deploy_form(student)}
     distill = replace(recipe.distill, module_teacher="", compile_teachers=False)
-    teacher, _ = build_teachers(replace(recipe, distill=distill), run, num_classes, device)
+    teacher, _ = build_teachers(replace(recipe, distill=distill), run, data.classes, device)
     if teacher:  # which sees the images at its own size, under its own normalisation
         models = {"teacher": teacher, **models}
 

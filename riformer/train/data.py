@@ -368,11 +368,15 @@ class TrainBatches:
             yield [next(loaded) for _ in range(self.accumulation)]
 
     def left_out(self, epoch: int) -> Iterable[TrainPart]:
-        """This process's share of the images that fill no batch of an epoch, in parts like those of `epoch`."""
+        """This process's share of the images that fill no batch of an epoch, in parts like those of `epoch`.
+
+        The last part is filled up by repeating its images.
+        """
         left = self._order(epoch)[self.steps_per_epoch * self.batch_size :][self.rank :: self.world_size]
         starts = range(0, len(left), self.part_size)
-        keys = [(epoch, self.steps_per_epoch, i, left[s : s + self.part_size]) for i, s in enumerate(starts)]
-        return _load(self.parts, keys, self.num_workers)
+        parts = [left[start : start + self.part_size] for start in starts]
+        full = [(part * self.part_size)[: self.part_size] for part in parts]  # a teacher's bits depend on the number
+        return _load(self.parts, [(epoch, self.steps_per_epoch, *part) for part in enumerate(full)], self.num_workers)
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(_seed_from(self.seed, epoch))

@@ -79,6 +79,13 @@ def average_gradients(module: nn.Module) -> None:
             mean_over_processes(parameter.grad)
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Gives all processes the first one's buffers, such as batch norm's statistics, so that they have one model."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of torchrun's."""
     return int(os.environ.get("RANK", 0)) == 0

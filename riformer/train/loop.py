@@ -1,8 +1,9 @@
 """One training, from a recipe to a run folder: a function of named sections, one process or many (torchrun)."""
 
+import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import partial
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from riformer.config import Recipe, check
 from riformer.distill.imitation import Imitation, match_blocks
 from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_scale
-from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes_img_size
+from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
 from riformer.model.weights import save, start_at, start_from
 from riformer.recipes import teacher_recipe
 from riformer.train.data import Dataset, TrainBatches, TrainPart, eval_batches, open_dataset
@@ -34,12 +35,15 @@ from riformer.train.distributed import (
     main_process_first,
     mean_over_processes,
     process_group,
+    share_buffers,
 )
 from riformer.train.evaluate import evaluate
 from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
 
 Recall = Callable[[Tensor, Callable[[], Tensor]], Tensor]  # indices of images and the teacher's run on them -> logits
+logger = logging.getLogger(__name__)
+
 SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that is shorter
 
 
@@ -94,7 +98,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
         start_at(model, open_model(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
 
     # teachers
-    logit_teacher, module_teacher = build_teachers(recipe, run, len(data.classes), device)
+    logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device)
     if distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
     weights = {name: getattr(distill, f"{name}_weight") for name in TERMS}
@@ -125,7 +129,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
         step, best = state["step"], state["best"]
         model.load_state_dict(state["model"])
-        projections.load_state_dict(state["projections"])
+        projections.load_state_dict(state.get("projections", {}))
         optimizer.load_state_dict(state["optimizer"])
         if ema:
             ema.module.load_state_dict(state["ema"])
@@ -206,6 +210,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             if recall and logit_teacher and epoch < distill.cache_augmentations:
                 _remember(batches.left_out(epoch), logit_teacher, optim.precision, device, recall)
             kept = ema.module if ema else model
+            share_buffers(kept)
             size = optim.batch_size // world_size // optim.accumulation
             val_batches = eval_batches(data.splits["val"], recipe.data, size, rank, world_size)
             result = evaluate(kept, val_batches, len(data.classes), optim.precision)
@@ -245,17 +250,22 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
         "url": "",
         "input_size": (3, size, size),
         "crop_pct": recipe.data.crop_pct,
+        "crop_mode": "center",  # as eval_transform does, whatever the name's own weights ask for
+        "interpolation": "bicubic",
+        "license": None,  # theirs is not that of weights trained here
         "mean": recipe.data.mean,
         "std": recipe.data.std,
         "label_names": data.classes,
     }
-    args: dict[str, Any] = {"drop_path_rate": config.drop_path_rate}
+    args: dict[str, Any] = {}
     if config.name.startswith("riformer_"):
         names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
         args |= {name: getattr(config, name) for name in names}
     args |= config.args
     try:
-        if takes_img_size(config.name, **args):
+        if config.drop_path_rate or takes(config.name, "drop_path_rate", **args):
+            args = {"drop_path_rate": config.drop_path_rate, **args}
+        if takes(config.name, "img_size", **args):
             args["img_size"] = size
         return timm.create_model(
             config.name, num_classes=len(data.classes), pretrained_cfg_overlay=preprocessing, **args
@@ -268,8 +278,12 @@ def _try_on_paper(recipe: Recipe, data: Dataset) -> None:
     """Lets what is wrong with the student fail before its own teacher is trained for hours, and not after.
 
     Raises:
-        ValueError: an unknown mixer, positions that the student does not have, and the like.
+        ValueError: an unknown mixer, positions that the student does not have, missing weights, and the like.
     """
+    if start := recipe.model.start:
+        start_at(build_model(recipe, data), open_model(start, recipe.data.img_size).state_dict(), start)
+    for reference in {*recipe.distill.logit_teachers, recipe.distill.module_teacher} - {"", "own"}:
+        open_model(reference, recipe.distill.teacher_img_size)
     with torch.device("meta"):
         student, teacher = build_model(recipe, data), build_model(teacher_recipe(recipe), data)
     create_optimizer_v2(student, opt=recipe.optim.name, lr=recipe.optim.lr)
@@ -294,21 +308,30 @@ def build_imitation(recipe: Recipe, model: nn.Module, module_teacher: Teacher | 
 def build_teachers(
     recipe: Recipe,
     run: Run,
-    num_classes: int,
+    names: Sequence[str],
     device: torch.device,
     opened: Callable[[str, int], nn.Module] = open_model,
 ) -> tuple[Teacher | Ensemble | None, Teacher | None]:
-    """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike."""
+    """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike.
+
+    Raises:
+        ValueError: a teacher that cannot be read, or a logit teacher of other classes than `names`, as far as it tells.
+    """
     distill = recipe.distill
     built: dict[str, Teacher] = {}
     for reference in dict.fromkeys((*distill.logit_teachers, distill.module_teacher)):
         if reference:
             path = str(run.path / "teacher") if reference == "own" else reference
-            classes = num_classes if reference in distill.logit_teachers else None
+            teaches = reference in distill.logit_teachers
             built[reference] = build_teacher(
-                path, classes, recipe.data.mean, recipe.data.std, distill.teacher_img_size, distill.compile_teachers,
-                opened,
+                path, len(names) if teaches else None, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
+                distill.compile_teachers, opened,
             ).to(device)  # fmt: skip
+            noted = built[reference].model.pretrained_cfg.get("label_names") or names
+            if teaches and list(noted) != list(names):
+                if set(noted) == set(names):
+                    raise ValueError(f"teacher {reference} knows the data's classes, but in another order")
+                logger.warning("teacher %s names its classes otherwise than the data, such as %r", reference, noted[0])
     logit_teachers = [built[reference] for reference in distill.logit_teachers]
     module_teacher = built.get(distill.module_teacher)
     if len(logit_teachers) > 1:

@@ -13,6 +13,8 @@ from train.test_loop import EPOCHS, STEPS, lines, losses, plain, run_processes, 
 import riformer
 from riformer.config import DistillConfig, ModelConfig, Recipe, TeacherConfig
 from riformer.study.evaluation import evaluate_run
+from riformer.train.data import eval_batches, open_dataset
+from riformer.train.evaluate import evaluate
 from riformer.train.loop import train
 from riformer.train.run import Run
 
@@ -80,14 +82,21 @@ def test_an_own_teacher_of_another_family_is_evaluated_beside_the_student(whole)
     assert rows["teacher"]["params"] > rows["deploy"]["params"]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "gfnet_h_ti"])
+@pytest.mark.parametrize("name", ["resnet18", "gfnet_h_ti", "ghostnet_050"])
 def test_any_model_of_timm_trains_on_labels_and_is_evaluated(tmp_path, name):
-    args = dict(depths=(1, 1), dims=(8, 8)) if name == "gfnet_h_ti" else dict(channels=(8, 8, 8, 8))
+    args = {
+        "gfnet_h_ti": dict(depths=(1, 1), dims=(8, 8)),
+        "resnet18": dict(channels=(8, 8, 8, 8)),
+        "ghostnet_050": {},  # which has no stochastic depth
+    }[name]
     train(dataclasses.replace(plain(), model=ModelConfig(name=name, args=args)), tmp_path)
     evaluation = evaluate_run(tmp_path)
     assert evaluation["fuse"]["max_rel"] == 0.0
     assert evaluation["models"]["deploy"]["name"] == name
-    assert riformer.load(tmp_path).pretrained_cfg["label_names"] == list("0123456789")
+    noted = riformer.load(tmp_path).pretrained_cfg
+    assert noted["label_names"] == list("0123456789")
+    assert (noted["interpolation"], noted["crop_mode"]) == ("bicubic", "center")  # as it was evaluated
+    assert not noted.get("license")
 
 
 @pytest.mark.parametrize(
@@ -172,3 +181,56 @@ def test_starting_from_a_teacher_of_another_shape_fails_before_that_teacher_is_t
     with pytest.raises(ValueError, match=r"module teacher, .* does not fit"):
         train(from_vit(start_from_teacher=True), tmp_path)
     assert not (tmp_path / "teacher").exists()
+
+
+def test_a_transformer_starts_from_its_own_kind_at_another_size(tmp_path):
+    first = ModelConfig(name="vit_tiny_patch16_224", args=VIT)
+    train(dataclasses.replace(plain(), model=first), tmp_path / "first")
+    still = dataclasses.replace(plain(lr=1e-12, min_lr=0.0), data=dataclasses.replace(plain().data, img_size=16))
+    train(
+        dataclasses.replace(still, model=dataclasses.replace(first, start=str(tmp_path / "first"))), tmp_path / "tuned"
+    )
+    before, after = (riformer.load(tmp_path / name).state_dict() for name in ("first", "tuned"))
+    assert before.pop("pos_embed").shape[1] == 5
+    assert after.pop("pos_embed").shape[1] == 17
+    assert_close(after, before)
+
+
+def test_teachers_bound_to_a_size_are_built_for_another_from_a_folder(tmp_path, teachers):
+    train(soft(teachers[0], teacher_img_size=16), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == STEPS
+    file = riformer.save(riformer.load(teachers[0]), tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"is for images of \(12, 12\) pixels; only from a folder"):
+        train(soft(str(file), teacher_img_size=16), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"distill": {"logit_teacher": ("own", "gone.pth")}}, {"model": {"start": "gone.pth"}}], ids=str
+)
+def test_what_is_not_there_is_missed_before_the_own_teacher_is_trained(tmp_path, knobs):
+    recipe = from_vit()
+    recipe = dataclasses.replace(recipe, **{k: dataclasses.replace(getattr(recipe, k), **v) for k, v in knobs.items()})
+    with pytest.raises(ValueError, match=r"no checkpoint file at gone\.pth"):
+        train(recipe, tmp_path)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_a_teacher_with_the_classes_in_another_order_is_refused_and_with_others_named(tmp_path, caplog):
+    for name, labels in (("other", "abcdefghij"), ("turned", "9876543210")):
+        model = timm.create_model("riformer_micro", num_classes=10, img_size=8)
+        model.pretrained_cfg["label_names"] = list(labels)
+        riformer.save(model, tmp_path / name)
+    train(soft(str(tmp_path / "other")), tmp_path / "run")
+    assert "names its classes otherwise than the data, such as 'a'" in caplog.text
+    with pytest.raises(ValueError, match="turned knows the data's classes, but in another order"):
+        train(soft(str(tmp_path / "turned")), tmp_path / "refused")
+
+
+def test_batch_norm_is_evaluated_as_one_model_over_processes(tmp_path):
+    resnet = ModelConfig(name="resnet18", args={"channels": (8, 8, 8, 8)})
+    recipe = dataclasses.replace(plain(ema_decay=0.5), model=resnet)
+    assert run_processes(recipe, tmp_path, 2) == [0, 0]
+    epoch = next(line for line in lines(tmp_path) if line["kind"] == "epoch")
+    images = open_dataset(recipe.data, recipe.seed).splits["val"]
+    best = evaluate(riformer.load(tmp_path), eval_batches(images, recipe.data, 50), 10, "fp32")
+    assert best.loss == pytest.approx(epoch["val_loss"], rel=1e-4)
