@@ -1,9 +1,10 @@
 """Which teacher? Every family teaches the same small student, beside the student that learns from labels alone.
 
-Data are the built-in digits at 32 px. Each teacher is trained on labels by the same loop; then the student (RIFormer
-mini, affines for mixers) learns for the same number of steps from labels, from the teacher's logits (soft labels
-without ground truth), and from its logits and modules (block, mixer and relation terms through projections, fading by
-a cosine). The student never starts from a teacher's weights, so that only what is taught differs.
+Data are the built-in digits. Each teacher is trained on labels by the same loop, at 32 px; then the quickstart's
+student (RIFormer micro, affines for mixers, 16 px) learns for the same number of steps from labels, from the teacher's
+logits (soft labels without ground truth), and from its logits and modules (block, mixer and relation terms through
+projections, fading by a cosine). The teacher sees the student's images at its own size. The student never starts from a
+teacher's weights, so that only what is taught differs.
 
 Usage: .venv/bin/python benchmarks/teachers.py [--out runs/teachers] [--seeds 0 1 2] [--families vit swin ...]
 
@@ -26,7 +27,7 @@ from riformer.study.ladder import run_ladder
 from riformer.train.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
-EPOCHS = 25
+EPOCHS = 25  # those of the quickstart, 500 steps
 
 # timm's CAFormer and ConvFormer come in no smaller size, and learn for fewer epochs; the others are cut down to the
 # student's order of size.
@@ -61,21 +62,15 @@ IMITATION = replace(FULL, start_from_teacher=False)
 
 
 def student() -> Recipe:
-    """The student of all: the quickstart's data and augmentation, at 32 px, and its schedule."""
-    recipe = RECIPES["quickstart"]()
-    return replace(
-        recipe,
-        name="student",
-        data=replace(recipe.data, img_size=32),
-        model=replace(recipe.model, name="riformer_mini"),
-        optim=replace(recipe.optim, epochs=EPOCHS, lr=4e-3),
-    )
+    """The student of all: that of the quickstart."""
+    return replace(RECIPES["quickstart"](), name="micro")
 
 
 def teacher(family: str) -> Recipe:
     """The training of a family's teacher."""
-    recipe = replace(student(), name=family, teacher=TEACHERS[family])
-    return teacher_recipe(recipe)
+    recipe = student()
+    larger = replace(recipe.data, img_size=32)
+    return teacher_recipe(replace(recipe, name=family, data=larger, teacher=TEACHERS[family]))
 
 
 def taught(family: str, seed: int, out: Path) -> list[Recipe]:
@@ -98,7 +93,7 @@ def record(out: Path, families: list[str], seeds: list[int]) -> dict[str, Any]:
     def top1(name: str) -> dict[str, float]:
         return {str(seed): read(name, seed)["top1"] for seed in seeds}
 
-    first = Run(out / f"student-labels-seed{seeds[0]}").read("evaluation.json")
+    first = Run(out / f"micro-labels-seed{seeds[0]}").read("evaluation.json")
     rows = {
         family: {
             "model": teacher(family).model.name,
@@ -110,7 +105,7 @@ def record(out: Path, families: list[str], seeds: list[int]) -> dict[str, Any]:
         for family in families
     }
     about = {key: first[key] for key in ("date", "device", "torch", "timm", "split", "num_images")}
-    return {**about, "epochs": EPOCHS, "labels": top1("student-labels"), "families": rows}
+    return {**about, "epochs": EPOCHS, "labels": top1("micro-labels"), "families": rows}
 
 
 def table(results: dict[str, Any]) -> str:
