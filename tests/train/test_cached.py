@@ -65,28 +65,30 @@ def whole(tmp_path_factory, teacher):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "top-k", "imitation"])
+@pytest.mark.parametrize("kind", ["bf16", "fp32", "top-k", "imitation", "remainder"])
 def test_a_cached_run_learns_bit_for_bit_what_it_would_from_the_live_teacher(tmp_path, teacher, monkeypatch, kind):
     recipe = {
         "bf16": cached(teacher),
         "fp32": cached(teacher, precision="fp32"),
         "top-k": cached(teacher, top_k=3),
         "imitation": imitating(teacher),
+        "remainder": cached(teacher, precision="fp32", batch_size=300),  # 3 steps of 2 parts; 100 images fill none
     }[kind]
+    batches, left_out, size = (6, 1, 150) if kind == "remainder" else (BATCHES, 0, 100)
     calls = []
     real = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, images: calls.append(len(images)) or real(self, images))
     train(recipe, tmp_path / "cached")
     phase = 2 if kind == "imitation" else 0  # of the third epoch's batches, the first step's still have maps to imitate
-    assert taught(tmp_path / "cached") == [BATCHES, BATCHES, phase, 0]
-    assert calls == [100] * (2 * BATCHES + phase)
+    assert taught(tmp_path / "cached") == [batches, batches, phase, 0]
+    assert calls == [size] * (2 * (batches + left_out) + phase)
 
     def live(cache, augmentation, indices, compute):
         return cache._unpack(cache._pack(compute())) if cache.top_k else compute()
 
     monkeypatch.setattr(TeacherCache, "logits", live)
     train(recipe, tmp_path / "live")
-    assert taught(tmp_path / "live") == [BATCHES] * EPOCHS
+    assert taught(tmp_path / "live") == [batches] * EPOCHS
     assert learned(tmp_path / "cached") == learned(tmp_path / "live")
 
 
