@@ -148,6 +148,12 @@ class DistillConfig:
         return tuple(name for name in named if name)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term, by its name."""
+        suffix = "_weight"
+        return {f.name.removesuffix(suffix): getattr(self, f.name) for f in fields(self) if f.name.endswith(suffix)}
+
+    @property
     def trains_teacher(self) -> bool:
         """Whether the run trains a teacher of its own first."""
         return "own" in (*self.logit_teachers, self.module_teacher)
@@ -162,7 +168,7 @@ class OptimConfig:
     lr: float = 4e-3
     """peak learning rate, for the whole batch"""
     weight_decay: float = 0.05
-    """weight decay, on matrices and kernels only"""
+    """weight decay, on matrices and kernels only, and on the whole of imitation's projections"""
     epochs: int = 300
     """passes over the training images"""
     warmup_epochs: float = 5.0
@@ -237,7 +243,6 @@ def check(recipe: Recipe) -> None:
         ValueError: names the settings, their values and what is allowed.
     """
     data, augment, distill, optim = recipe.data, recipe.augment, recipe.distill, recipe.optim
-    weights = {f.name: getattr(distill, f.name) for f in fields(distill) if f.name.endswith("_weight")}
     logits = distill.label_weight + distill.soft_weight + distill.hard_weight
     imitation = distill.block_weight + distill.mixer_weight + distill.relation_weight
     problems = []
@@ -259,7 +264,7 @@ def check(recipe: Recipe) -> None:
         (augment, {"mixup": any_count, "cutmix": any_count}),
         (recipe.model, {"drop_path_rate": (0.0, 1 - 1e-6)}),
         (recipe.teacher, {"epochs": count, "lr": positive}),
-        (distill, {**dict.fromkeys(weights, any_count), "temperature": positive}),
+        (distill, {**{f"{name}_weight": any_count for name in distill.weights}, "temperature": positive}),
         (distill, {"relation_tokens": count, "phase": (1e-6, 1.0), "teacher_img_size": any_count}),
         (distill, {"cache_augmentations": any_count, "cache_top_k": any_count}),
         (optim, {"lr": positive, "min_lr": (0, optim.lr), "weight_decay": any_count, "epochs": count}),
@@ -271,7 +276,7 @@ def check(recipe: Recipe) -> None:
             refuse(section, name, not inside, f"must lie in {low:g} to {high:g}")
 
     # terms and their teachers
-    if not any(weights.values()):
+    if not any(distill.weights.values()):
         problems.append("every weight in distill is 0: nothing would be learned")
     elif not logits:
         problems.append("label, soft and hard weight in distill are 0: the classifier would learn nothing")

@@ -14,7 +14,7 @@ from torch import nn
 
 from riformer.config import Recipe
 from riformer.deploy.predict import class_names
-from riformer.distill.objective import IMITATION, TERMS
+from riformer.distill.objective import IMITATION
 from riformer.model.fuse import FORMS, mixing
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
@@ -236,7 +236,7 @@ def _augmentation(recipe: Recipe) -> str:
 def _terms(recipe: Recipe) -> str:
     """The weighted terms of the loss."""
     distill = recipe.distill
-    weights = {term: getattr(distill, f"{term}_weight") for term in TERMS if getattr(distill, f"{term}_weight")}
+    weights = {term: weight for term, weight in distill.weights.items() if weight}
     text = " + ".join(f"{weight:g} × {term}" for term, weight in weights.items())
     if "label" in weights and recipe.optim.label_smoothing:
         text += f", labels smoothed by {recipe.optim.label_smoothing:g}"

@@ -15,23 +15,22 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from riformer.config import Recipe, check
 from riformer.distill.cache import TeacherCache
 from riformer.distill.imitation import Imitation
-from riformer.distill.objective import TERMS, Objective
 from riformer.distill.teachers import Ensemble, Teacher, open_model
 from riformer.model.weights import start_at, start_from
 from riformer.recipes import teacher_recipe
 from riformer.study.cost import count_params
 from riformer.study.evaluation import describe
+from riformer.train.batches import TrainBatches
+from riformer.train.build import build_imitation, build_model, build_objective, build_optimizer, build_teachers
 from riformer.train.builtin import FASHION_CLASSES
-from riformer.train.data import Dataset, ImageList, TrainBatches, open_dataset
+from riformer.train.data import Dataset, ImageList, open_dataset
 from riformer.train.folders import find_images, hold_out
-from riformer.train.loop import build_imitation, build_model, build_teachers
 from riformer.train.run import Run, cpu_name
 
 NUM_TIMED = 2  # steps, after one that warms up
@@ -137,13 +136,10 @@ def _project(
     progress(f"{recipe.name}: building {recipe.model.name} and its teachers")
     model, logit_teacher, module_teacher, imitation = build(recipe, data, device, notes)
     projections = imitation.projections if imitation else nn.ModuleDict()
-    optimizer = create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
-    if projections:
-        optimizer.add_param_group({"params": list(projections.parameters())})
+    optimizer = build_optimizer(recipe, model, projections)
     ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
     student = torch.compile(model) if optim.compile else model
-    weights = {name: getattr(distill, f"{name}_weight") for name in TERMS}
-    objective = Objective(student, weights, logit_teacher, imitation, distill.temperature, optim.label_smoothing)
+    objective = build_objective(recipe, student, logit_teacher, imitation)
 
     # steps on noise
     size, num_images = recipe.data.img_size, batches.part_size

@@ -20,9 +20,10 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
 from riformer.study.cost import count_macs, count_params
 from riformer.study.latency import Spread, images_per_s
-from riformer.train.data import Dataset, ImageList, eval_batches, open_dataset
+from riformer.train.batches import eval_batches
+from riformer.train.build import build_teachers
+from riformer.train.data import Dataset, ImageList, open_dataset
 from riformer.train.evaluate import Evaluation, evaluate
-from riformer.train.loop import build_teachers
 from riformer.train.run import Run, environment
 
 BATCH_SIZE = 64

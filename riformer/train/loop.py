@@ -1,32 +1,36 @@
 """One training, from a recipe to a run folder: a function of named sections, one process or many (torchrun)."""
 
-import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
-from riformer.distill.imitation import Imitation, match_blocks
-from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_scale
-from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
+from riformer.distill.objective import Objective, imitation_scale
+from riformer.distill.teachers import open_model
 from riformer.model.weights import save, start_at, start_from
 from riformer.recipes import teacher_recipe
-from riformer.train.data import Dataset, TrainBatches, TrainPart, eval_batches, open_dataset
+from riformer.train.batches import TrainBatches, TrainPart, eval_batches
+from riformer.train.build import (
+    build_imitation,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_teachers,
+    try_on_paper,
+)
+from riformer.train.data import open_dataset
 from riformer.train.distributed import (
     any_process,
     average_gradients,
@@ -42,8 +46,6 @@ from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
 
 Recall = Callable[[Tensor, Callable[[], Tensor]], Tensor]  # indices of images and the teacher's run on them -> logits
-logger = logging.getLogger(__name__)
-
 SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that is shorter
 
 
@@ -85,10 +87,12 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             run.write("data.json", data.record())
     cache = teacher_cache(recipe, run, data)
     if distill.trains_teacher:
+        own = Run(run.path / "teacher")
         if cache:
             cache.check_space()
-        _try_on_paper(recipe, data)
-        _train(teacher_recipe(recipe), Run(run.path / "teacher"), progress, rank, world_size, device)
+        if not own.metrics():
+            try_on_paper(recipe, data)
+        _train(teacher_recipe(recipe), own, progress, rank, world_size, device)
 
     # model
     state = run.load_state()
@@ -101,7 +105,6 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device)
     if distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
-    weights = {name: getattr(distill, f"{name}_weight") for name in TERMS}
     imitation = build_imitation(recipe, model, module_teacher)
     projections = imitation.projections if imitation else nn.ModuleDict()
 
@@ -112,9 +115,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     )  # fmt: skip
     num_steps = optim.epochs * batches.steps_per_epoch
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
-    optimizer = create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
-    if projections:
-        optimizer.add_param_group({"params": list(projections.parameters()), "weight_decay": optim.weight_decay})
+    optimizer = build_optimizer(recipe, model, projections)
     schedule = CosineLRScheduler(
         optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,
         warmup_lr_init=optim.lr / max(1, warmup_steps), warmup_prefix=True, t_in_epochs=False,
@@ -156,7 +157,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     student = torch.compile(model) if optim.compile else model
     if world_size > 1:
         student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
-    objective = Objective(student, weights, logit_teacher, imitation, distill.temperature, optim.label_smoothing)
+    objective = build_objective(recipe, student, logit_teacher, imitation)
 
     def save_state() -> None:
         rng = gather(_rng_state(device))
@@ -233,110 +234,6 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
                 raise KeyboardInterrupt
     barrier()
     return run
-
-
-def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
-    """The recipe's network (riformer_* in training form), with the data's classes and preprocessing noted on it.
-
-    Raises:
-        ValueError: timm knows no such model, or it cannot be built with these arguments.
-    """
-    config = recipe.model
-    if not timm.is_model(config.name):
-        near = get_close_matches(config.name, timm.list_models()) or timm.list_models("riformer_*")
-        raise ValueError(f"model.name is {config.name!r}, which timm does not know; did you mean one of {near}?")
-    size = recipe.data.img_size
-    preprocessing = {
-        "url": "",
-        "input_size": (3, size, size),
-        "crop_pct": recipe.data.crop_pct,
-        "crop_mode": "center",  # as eval_transform does, whatever the name's own weights ask for
-        "interpolation": "bicubic",
-        "license": None,  # theirs is not that of weights trained here
-        "mean": recipe.data.mean,
-        "std": recipe.data.std,
-        "label_names": data.classes,
-    }
-    args: dict[str, Any] = {}
-    if config.name.startswith("riformer_"):
-        names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
-        args |= {name: getattr(config, name) for name in names}
-    args |= config.args
-    try:
-        if config.drop_path_rate or takes(config.name, "drop_path_rate", **args):
-            args = {"drop_path_rate": config.drop_path_rate, **args}
-        if takes(config.name, "img_size", **args):
-            args["img_size"] = size
-        return timm.create_model(
-            config.name, num_classes=len(data.classes), pretrained_cfg_overlay=preprocessing, **args
-        )
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
-
-
-def _try_on_paper(recipe: Recipe, data: Dataset) -> None:
-    """Lets what is wrong with the student fail before its own teacher is trained for hours, and not after.
-
-    Raises:
-        ValueError: an unknown mixer, positions that the student does not have, missing weights, and the like.
-    """
-    if start := recipe.model.start:
-        start_at(build_model(recipe, data), open_model(start, recipe.data.img_size).state_dict(), start)
-    for reference in {*recipe.distill.logit_teachers, recipe.distill.module_teacher} - {"", "own"}:
-        open_model(reference, recipe.distill.teacher_img_size)
-    with torch.device("meta"):
-        student, teacher = build_model(recipe, data), build_model(teacher_recipe(recipe), data)
-    create_optimizer_v2(student, opt=recipe.optim.name, lr=recipe.optim.lr)
-    if recipe.distill.module_teacher == "own":
-        match_blocks(student, teacher, recipe.distill.positions)
-        if recipe.distill.start_from_teacher:
-            start_from(student, teacher.state_dict())
-
-
-def build_imitation(recipe: Recipe, model: nn.Module, module_teacher: Teacher | None) -> Imitation | None:
-    """What the recipe compares between student and module teacher, if anything."""
-    distill = recipe.distill
-    terms = [name for name in IMITATION if getattr(distill, f"{name}_weight")]
-    if not module_teacher or not terms:
-        return None
-    return Imitation(
-        model, module_teacher, terms, recipe.data.img_size,
-        distill.positions, distill.block_match, distill.relation_tokens, recipe.seed,
-    )  # fmt: skip
-
-
-def build_teachers(
-    recipe: Recipe,
-    run: Run,
-    names: Sequence[str],
-    device: torch.device,
-    opened: Callable[[str, int], nn.Module] = open_model,
-) -> tuple[Teacher | Ensemble | None, Teacher | None]:
-    """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike.
-
-    Raises:
-        ValueError: a teacher that cannot be read, or a logit teacher of other classes than `names`, as far as it tells.
-    """
-    distill = recipe.distill
-    built: dict[str, Teacher] = {}
-    for reference in dict.fromkeys((*distill.logit_teachers, distill.module_teacher)):
-        if reference:
-            path = str(run.path / "teacher") if reference == "own" else reference
-            teaches = reference in distill.logit_teachers
-            built[reference] = build_teacher(
-                path, len(names) if teaches else None, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
-                distill.compile_teachers, opened,
-            ).to(device)  # fmt: skip
-            noted = built[reference].model.pretrained_cfg.get("label_names") or names
-            if teaches and list(noted) != list(names):
-                if set(noted) == set(names):
-                    raise ValueError(f"teacher {reference} knows the data's classes, but in another order")
-                logger.warning("teacher %s names its classes otherwise than the data, such as %r", reference, noted[0])
-    logit_teachers = [built[reference] for reference in distill.logit_teachers]
-    module_teacher = built.get(distill.module_teacher)
-    if len(logit_teachers) > 1:
-        return Ensemble(logit_teachers, distill.logit_teacher_weights).to(device), module_teacher
-    return (logit_teachers[0] if logit_teachers else None), module_teacher
 
 
 def _backward(

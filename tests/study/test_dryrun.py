@@ -8,7 +8,7 @@ import timm
 import torch
 
 import riformer
-from riformer import cli
+from riformer import tables
 from riformer.config import DistillConfig, ModelConfig
 from riformer.recipes import RECIPES, RUNGS
 from riformer.study.dryrun import NUM_TIMED, Projection, build, count_data, dry_run
@@ -185,7 +185,7 @@ def test_the_seconds_of_a_step_are_those_of_its_parts():
     ("seconds", "text"), [(0.25, "250 ms"), (12, "12.0 s"), (600, "10.0 min"), (7200, "2.0 h"), (1e9, "31.7 years")]
 )
 def test_durations(seconds, text):
-    assert cli._duration(seconds) == text
+    assert tables._duration(seconds) == text
 
 
 def test_a_rung_is_dry_run_too():

@@ -16,7 +16,8 @@ from riformer.config import DistillConfig, Recipe
 from riformer.distill.cache import TeacherCache
 from riformer.distill.teachers import Teacher
 from riformer.study.evaluation import evaluate_run
-from riformer.train.loop import build_model, train
+from riformer.train.build import build_model
+from riformer.train.loop import train
 from riformer.train.run import Run
 
 EPOCHS, KEPT, BATCHES = 4, 2, 10  # epochs, augmentations, batches in an epoch: 5 steps of 2 parts

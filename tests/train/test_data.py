@@ -19,17 +19,9 @@ from timm.data.auto_augment import AugmentOp
 from torch import Tensor
 
 from riformer.config import AugmentConfig, DataConfig
+from riformer.train.batches import TrainBatches, eval_batches, eval_transform, seeded, train_transform
 from riformer.train.builtin import FASHION_FILES
-from riformer.train.data import (
-    Dataset,
-    ImageList,
-    TrainBatches,
-    eval_batches,
-    eval_transform,
-    open_dataset,
-    seeded,
-    train_transform,
-)
+from riformer.train.data import Dataset, ImageList, open_dataset
 
 SMALL = DataConfig(img_size=16, crop_pct=1.0)
 EVERYTHING = AugmentConfig()

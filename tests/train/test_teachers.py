@@ -13,7 +13,8 @@ from train.test_loop import EPOCHS, STEPS, lines, losses, plain, run_processes, 
 import riformer
 from riformer.config import DistillConfig, ModelConfig, Recipe, TeacherConfig
 from riformer.study.evaluation import evaluate_run
-from riformer.train.data import eval_batches, open_dataset
+from riformer.train.batches import eval_batches
+from riformer.train.data import open_dataset
 from riformer.train.evaluate import evaluate
 from riformer.train.loop import train
 from riformer.train.run import Run

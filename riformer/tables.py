@@ -1,0 +1,82 @@
+"""What the command line prints about finished runs and about a dry run."""
+
+from collections.abc import Iterable
+from statistics import fmean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from riformer.study.dryrun import Projection
+from riformer.train.run import Run
+
+
+def print_projections(projections: list[Projection], console: Console) -> None:
+    """What takes part, what was timed, and a row for each training: memory, and times up to the whole of it."""
+    table = Table(Column("training", no_wrap=True), "memory", "a step", "an epoch", "in all", box=SIMPLE_HEAD)
+    lines: list[str] = []
+    for p in projections:
+        told = [f"{p.name}: {p.model}", *p.teachers, *p.pairs, *[f"note: {note}" for note in p.notes]]
+        lines += [line for line in told if line not in lines]
+        epoch = f"{_duration(p.epoch_seconds)}, {p.steps_per_epoch:,} steps"
+        total = f"{_duration(p.total_seconds)}, {p.epochs:,} epochs"
+        table.add_row(p.name, f"{p.memory / 1e9:.1f} GB", _duration(p.step_seconds), epoch, total)
+    for p in projections:
+        lines.append(
+            f"{p.name}: a step of {p.batch_size:,} images = {p.batch_size / p.timed_images:g} x "
+            f"{_duration(p.timed_seconds)} for {p.timed_images} images forward and backward + "
+            f"{_duration(p.update_seconds)} for the update"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    in_all = _duration(sum(p.total_seconds for p in projections))
+    console.print(
+        f"{in_all} on one {projections[0].device}, without reading images and without evaluation; nothing was written",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{1000 * seconds:.0f} ms"
+
+
+def print_runs(runs: list[Run], console: Console) -> None:
+    """A row for each recipe: accuracy before and after the fuse, beside the teacher; speed; largest fuse difference."""
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if evaluation := run.read("evaluation.json"):
+            by_recipe.setdefault(run.recipe().name, []).append(evaluation)
+    table = Table(Column("recipe", no_wrap=True), "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD)
+    for name, evaluations in by_recipe.items():
+        fused = [e["models"]["deploy"]["top1"] for e in evaluations]
+        ratios = [e["speed"]["ratio"]["median"] for e in evaluations if "ratio" in e["speed"]]
+        table.add_row(
+            name,
+            _mean(e["models"]["teacher"]["top1"] for e in evaluations if "teacher" in e["models"]),
+            _mean(e["models"]["student"]["top1"] for e in evaluations),
+            _mean(fused),
+            " ".join(f"{value:.1f}" for value in fused),
+            f"{_mean(ratios)} x" if ratios else "",
+        )
+    console.print(table)
+    if by_recipe:
+        evaluations = [evaluation for group in by_recipe.values() for evaluation in group]
+        difference = max(e["fuse"]["max_rel"] for e in evaluations)
+        split, model = evaluations[-1]["split"], evaluations[-1]["models"]["deploy"]
+        console.print(
+            f"top-1 % on {split}; speed of the fused student over its teacher; {model['params']:,} parameters, "
+            f"{model['macs'] / 1e6:,.1f} M MACs; the fuse changes logits by {difference:.0e} of the largest at most",
+            highlight=False,
+        )
+
+
+def _mean(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{fmean(values):.2f}" if values else ""

@@ -1,0 +1,145 @@
+"""What a recipe names, built: the student, its teachers, what is compared between them, objective and optimiser."""
+
+import logging
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.optim import Optimizer
+
+from riformer.config import Recipe
+from riformer.distill.imitation import Imitation, match_blocks
+from riformer.distill.objective import IMITATION, Objective
+from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
+from riformer.model.weights import start_at, start_from
+from riformer.recipes import teacher_recipe
+from riformer.train.data import Dataset
+from riformer.train.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
+    """The recipe's network (riformer_* in training form), with the data's classes and preprocessing noted on it.
+
+    Raises:
+        ValueError: timm knows no such model, or it cannot be built with these arguments.
+    """
+    config = recipe.model
+    if not timm.is_model(config.name):
+        near = get_close_matches(config.name, timm.list_models()) or timm.list_models("riformer_*")
+        raise ValueError(f"model.name is {config.name!r}, which timm does not know; did you mean one of {near}?")
+    size = recipe.data.img_size
+    preprocessing = {
+        "url": "",
+        "input_size": (3, size, size),
+        "crop_pct": recipe.data.crop_pct,
+        "crop_mode": "center",  # as eval_transform does, whatever the name's own weights ask for
+        "interpolation": "bicubic",
+        "license": None,  # theirs is not that of weights trained here
+        "mean": recipe.data.mean,
+        "std": recipe.data.std,
+        "label_names": data.classes,
+    }
+    args: dict[str, Any] = {}
+    if config.name.startswith("riformer_"):
+        names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
+        args |= {name: getattr(config, name) for name in names}
+    args |= config.args
+    try:
+        if config.drop_path_rate or takes(config.name, "drop_path_rate", **args):
+            args = {"drop_path_rate": config.drop_path_rate, **args}
+        if takes(config.name, "img_size", **args):
+            args["img_size"] = size
+        return timm.create_model(
+            config.name, num_classes=len(data.classes), pretrained_cfg_overlay=preprocessing, **args
+        )
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
+
+
+def try_on_paper(recipe: Recipe, data: Dataset) -> None:
+    """Lets what is wrong with the student fail before its own teacher is trained for hours, and not after.
+
+    Raises:
+        ValueError: an unknown mixer, positions that the student does not have, missing weights, and the like.
+    """
+    if start := recipe.model.start:
+        start_at(build_model(recipe, data), open_model(start, recipe.data.img_size).state_dict(), start)
+    for reference in {*recipe.distill.logit_teachers, recipe.distill.module_teacher} - {"", "own"}:
+        open_model(reference, recipe.distill.teacher_img_size)
+    with torch.device("meta"):
+        student, teacher = build_model(recipe, data), build_model(teacher_recipe(recipe), data)
+    build_optimizer(recipe, student, nn.ModuleDict())
+    if recipe.distill.module_teacher == "own":
+        match_blocks(student, teacher, recipe.distill.positions)
+        if recipe.distill.start_from_teacher:
+            start_from(student, teacher.state_dict())
+
+
+def build_imitation(recipe: Recipe, model: nn.Module, module_teacher: Teacher | None) -> Imitation | None:
+    """What the recipe compares between student and module teacher, if anything."""
+    distill = recipe.distill
+    terms = [name for name in IMITATION if distill.weights[name]]
+    if not module_teacher or not terms:
+        return None
+    return Imitation(
+        model, module_teacher, terms, recipe.data.img_size,
+        distill.positions, distill.block_match, distill.relation_tokens, recipe.seed,
+    )  # fmt: skip
+
+
+def build_objective(
+    recipe: Recipe, student: nn.Module, logit_teacher: Teacher | Ensemble | None, imitation: Imitation | None
+) -> Objective:
+    """The recipe's loss; the student may be wrapped by DDP or torch.compile."""
+    distill = recipe.distill
+    smoothing = recipe.optim.label_smoothing
+    return Objective(student, distill.weights, logit_teacher, imitation, distill.temperature, smoothing)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module, projections: nn.Module) -> Optimizer:
+    """The recipe's optimiser of the model, and of imitation's projections if there are any."""
+    optim = recipe.optim
+    optimizer = create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
+    if parameters := list(projections.parameters()):
+        optimizer.add_param_group({"params": parameters, "weight_decay": optim.weight_decay})
+    return optimizer
+
+
+def build_teachers(
+    recipe: Recipe,
+    run: Run,
+    names: Sequence[str],
+    device: torch.device,
+    opened: Callable[[str, int], nn.Module] = open_model,
+) -> tuple[Teacher | Ensemble | None, Teacher | None]:
+    """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike.
+
+    Raises:
+        ValueError: a teacher that cannot be read, or a logit teacher of other classes than `names`, as far as it tells.
+    """
+    distill = recipe.distill
+    built: dict[str, Teacher] = {}
+    for reference in dict.fromkeys((*distill.logit_teachers, distill.module_teacher)):
+        if reference:
+            path = str(run.path / "teacher") if reference == "own" else reference
+            teaches = reference in distill.logit_teachers
+            built[reference] = build_teacher(
+                path, len(names) if teaches else None, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
+                distill.compile_teachers, opened,
+            ).to(device)  # fmt: skip
+            noted = built[reference].model.pretrained_cfg.get("label_names") or names
+            if teaches and list(noted) != list(names):
+                if set(noted) == set(names):
+                    raise ValueError(f"teacher {reference} knows the data's classes, but in another order")
+                logger.warning("teacher %s names its classes otherwise than the data, such as %r", reference, noted[0])
+    logit_teachers = [built[reference] for reference in distill.logit_teachers]
+    module_teacher = built.get(distill.module_teacher)
+    if len(logit_teachers) > 1:
+        return Ensemble(logit_teachers, distill.logit_teacher_weights).to(device), module_teacher
+    return (logit_teachers[0] if logit_teachers else None), module_teacher
