@@ -8,7 +8,7 @@ import timm
 import torch
 
 import riformer
-from riformer import tables
+from riformer import cli, tables
 from riformer.config import DistillConfig, ModelConfig
 from riformer.recipes import RECIPES, RUNGS
 from riformer.study.dryrun import NUM_TIMED, Projection, build, count_data, dry_run
