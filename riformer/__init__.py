@@ -3,6 +3,7 @@
 Importing this package registers the models with timm: `timm.create_model("riformer_s12")`.
 """
 
+from riformer.deploy.runtime import optimize
 from riformer.model import variants as variants
 from riformer.model.fuse import fold, fuse
 from riformer.model.hub import from_pretrained
@@ -17,6 +18,7 @@ __all__ = [
     "from_pretrained",
     "fuse",
     "load",
+    "optimize",
     "save",
     "save_pretrained",
     "start_from",

@@ -21,23 +21,25 @@ class ParityReport:
 def compare(
     reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
 ) -> ParityReport:
-    """Runs both on the same batches. Put models into eval mode first.
+    """Runs both on the same batches. Put models into eval mode first. Where one gives NaN, so are the differences.
 
     Shape: batches of images [N, 3, H, W].
 
     Raises:
         ValueError: no batch came.
     """
-    largest_difference = largest_logit = 0.0
+    differences, logits = [], []
     agreeing = num_images = 0
     for images in batches:
         expected, actual = reference(images).double(), candidate(images).double()
-        largest_difference = max(largest_difference, (expected - actual).abs().max().item())
-        largest_logit = max(largest_logit, expected.abs().max().item())
+        differences.append((expected - actual).abs().max())
+        logits.append(expected.abs().max())
         agreeing += int((expected.argmax(1) == actual.argmax(1)).sum())
         num_images += len(images)
     if not num_images:
         raise ValueError("no images to compare on")
+    # torch's maximum: of values with a NaN among them it is NaN, and not what came before it
+    largest_difference, largest_logit = (torch.stack(values).max().item() for values in (differences, logits))
     return ParityReport(
         max_abs=largest_difference,
         max_rel=largest_difference / largest_logit if largest_logit else 0.0,

@@ -26,6 +26,11 @@ def test_parity_reports_the_largest_difference_over_all_batches():
     assert report.top1_agreement == pytest.approx(5 / 6)
 
 
+def test_nan_is_no_agreement():
+    report = compare(torch.ones_like, lambda x: x * torch.nan, [torch.ones(1, 2), torch.ones(1, 2)])
+    assert not report.max_rel <= 1e9
+
+
 def test_parity_of_equals_is_zero_and_of_nothing_an_error():
     report = compare(lambda x: LOGITS, lambda x: LOGITS, [torch.zeros(3, 1)])
     assert (report.max_abs, report.max_rel, report.top1_agreement) == (0, 0, 1)

@@ -1,0 +1,44 @@
+"""The polynomials by which the kernels compute GELU: `x * (1/2 + u * P(2 u^2 / c^2 - 1))`, u = x clamped to [-c, c].
+
+Fits P of each number of terms to the error of GELU itself, as near to the smallest largest error as reweighted least
+squares come (Lawson), with P such that GELU is exact beyond the clamp. Prints the coefficients that stand in
+riformer/deploy, and the error that they leave in float32.
+
+    python benchmarks/fit_gelu.py
+"""
+
+import numpy as np
+from numpy.polynomial import chebyshev
+from scipy.special import ndtr
+
+
+def fit(num_terms: int, clamp: float, iterations: int = 80) -> np.ndarray:
+    """Coefficients of P, the constant first."""
+    x = clamp * np.cos(np.pi * (np.arange(6000) + 0.5) / 12000)
+    basis = chebyshev.chebvander(2 * (x / clamp) ** 2 - 1, num_terms - 1) * (x * x)[:, None]
+    wanted, weights = x * (ndtr(x) - 0.5), np.ones_like(x)
+    for _ in range(iterations):
+        root = np.sqrt(weights)  # the first coefficient follows from P(1) = 1 / (2 c)
+        free = (basis[:, 1:] - basis[:, :1]) * root[:, None]
+        rest = np.linalg.lstsq(free, (wanted - basis[:, 0] * 0.5 / clamp) * root, rcond=None)[0]
+        coefficients = np.concatenate([[0.5 / clamp - rest.sum()], rest])
+        weights *= abs(basis @ coefficients - wanted) + 1e-13
+        weights /= weights.mean()
+    return chebyshev.cheb2poly(coefficients)
+
+
+def largest_error(coefficients: np.ndarray, clamp: float) -> float:
+    """Of GELU from -12 to 12, computed in float32."""
+    x = np.linspace(-12, 12, 400_001, dtype=np.float32)
+    u = np.clip(x, -np.float32(clamp), np.float32(clamp))
+    p = np.polynomial.polynomial.polyval(
+        u * u * np.float32(2 / clamp**2) - np.float32(1), coefficients.astype(np.float32), tensor=False
+    )
+    return float(abs(x * (u * p.astype(np.float32) + np.float32(0.5)) - x * ndtr(x.astype(float))).max())
+
+
+if __name__ == "__main__":
+    for name, num_terms, clamp in (("close", 14, 5.3), ("fast", 8, 4.2)):
+        found = fit(num_terms, clamp)
+        print(f"{name}: {num_terms} terms, clamp {clamp}, largest error {largest_error(found, clamp):.1e}")
+        print("  " + ", ".join(f"{value:.9e}f" for value in found))
