@@ -150,7 +150,7 @@ def main() -> None:
     results = record(options.out, options.families, options.seeds)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    print(table(results))  # noqa: T201
+    print(table(results))
 
 
 if __name__ == "__main__":
