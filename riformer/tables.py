@@ -80,3 +80,30 @@ def print_runs(runs: list[Run], console: Console) -> None:
 def _mean(values: Iterable[float]) -> str:
     values = list(values)
     return f"{fmean(values):.2f}" if values else ""
+
+
+def print_bench(result: dict[str, Any], console: Console) -> None:
+    """Tables of a bench, one a group. Each rate with half its quartiles' distance."""
+    for group in result["groups"]:
+        title = f"{group['img_size']} px, batch {group['batch_size']}, threads {group['num_threads']}"
+        peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GMAC/s" for name, rate in group["macs_per_s_peak"].items())
+        caption = f"{group['env']['device']}; peak, measured by one large product: {peaks}"
+        numbers = [
+            Column(h, justify="right") for h in ("images/s", "to first", "products", "peak", "MiB", "error", "top-1")
+        ]
+        table = Table(Column("", no_wrap=True), *numbers, title=title, caption=caption, box=SIMPLE_HEAD)
+        for row in group["rows"]:
+            rate, alone = row["images_per_s"], row.get("of_products_alone")
+            table.add_row(
+                f"{row['model']} {row['backend']} {row['precision']}",
+                f"{rate['median']:,.4g} ±{(rate['high'] - rate['low']) / rate['median'] / 2:.0%}",
+                f"{row['ratio']['median']:.2f}×",
+                f"{alone['median']:.0%}" if alone else "–",
+                f"{row['of_peak']:.0%}" if alone else "–",
+                "–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+                f"{row['max_rel']:.0e}",
+                f"{row['top1_agreement']:.0%}",
+            )
+        console.print(table)
+    if result["absent"]:
+        console.print(f"not there: {'; '.join(result['absent'])}", highlight=False, style="dim")

@@ -19,9 +19,13 @@ from torch.testing import assert_close
 import riformer
 import riformer_cli
 from riformer import cli
+from riformer.cli import options
 from riformer.config import DataConfig
-from riformer.recipes import RECIPES, labels
+from riformer.model.fuse import FORMS
+from riformer.model.mixers import MIXERS
+from riformer.recipes import RECIPES, RUNGS, labels
 from riformer.study.evaluation import evaluate_model
+from riformer.train.data import DATASETS
 from riformer.train.loop import train
 from riformer.train.run import Run
 
@@ -78,8 +82,10 @@ def test_resume_takes_all_settings_from_the_run(run, capsys):
 
 def test_overrides_take_dashes_or_underscores_and_refuse_what_does_not_exist(tmp_path, capsys):
     for spelling in ("--data.on-bad", "--data.on_bad"):
-        given, base = cli._base_recipe([])
-        _, recipe = cli._parse_recipe(cli._recipe_parser(cli.train, given), base, [cli._underscored(spelling), "skip"])
+        given, base = options.base_recipe([])
+        _, recipe = options.parse_recipe(
+            options.recipe_parser("train", cli.train, given), base, [cli._underscored(spelling), "skip"]
+        )
         assert recipe.data.on_bad == "skip"
     with pytest.raises(SystemExit) as error:
         cli.run("train", ["--optim.learning-rate", "1"])
@@ -213,7 +219,7 @@ def test_fuse_writes_nothing_when_the_check_fails(run, tmp_path, monkeypatch, ca
         torch.nn.init.normal_(wrong.stages[0].blocks[0].norm1.bias)
         return wrong
 
-    monkeypatch.setitem(cli.FORMS, "deploy", broken)
+    monkeypatch.setitem(FORMS, "deploy", broken)
     assert "nothing was written" in fails(capsys, "fuse", str(run), str(tmp_path / "wrong.safetensors"))
     assert list(tmp_path.glob("wrong*")) == []
 
@@ -359,7 +365,7 @@ def test_report_writes_one_page(run, tmp_path, capsys):
 def test_list_names_every_entry_of_every_table(capsys):
     assert cli.run("list", []) == 0
     out = capsys.readouterr().out
-    for name in [*timm.list_models("riformer_*"), *cli.MIXERS, *RECIPES, *cli.RUNGS, *cli.DATASETS]:
+    for name in [*timm.list_models("riformer_*"), *MIXERS, *RECIPES, *RUNGS, *DATASETS]:
         assert name in out
     assert cli.run("list", ["recipes"]) == 0
     assert "riformer_s12" not in capsys.readouterr().out

@@ -7,8 +7,11 @@ the error against the same weights in eager float32.
 
 import ast
 import gc
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from riformer.atomic import write_text
 from riformer.deploy.backends import BACKENDS
 from riformer.deploy.native import supported
 from riformer.deploy.parity import compare
@@ -102,7 +106,8 @@ def competitors(
     for name, values, table in (("backend", backends, BACKENDS), ("precision", precisions, known)):
         if unknown := [value for value in values if value not in table]:
             raise ValueError(f"no {name} {unknown[0]!r}; known are {', '.join(table)}")
-    there, absent = [], []
+    there: list[Competitor] = []
+    absent: list[Competitor] = []
     for model in models:
         is_riformer = not mixing(open_network(model))
         for backend in backends:
@@ -113,6 +118,53 @@ def competitors(
     if not there:
         raise ValueError(f"none of the backends {', '.join(backends)} has {', '.join(precisions)} for these models")
     return there, absent
+
+
+def bench(
+    models: Sequence[str],
+    backends: Sequence[str],
+    precisions: Sequence[str],
+    batch_sizes: Sequence[int] = (8,),
+    img_sizes: Sequence[int] = (224,),
+    threads: Sequence[int] = (1,),
+    file: str | Path | None = None,
+    rounds: int = 15,
+    seconds: float = 0.2,
+    memory: bool = True,
+    status: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measures every group of image size, batch size and number of threads, each in one go; see `measure`.
+
+    Args:
+        file: JSON file to keep the results in after each group; groups that it holds are not measured again.
+
+    Raises:
+        ValueError: nothing to measure, or the file holds another comparison.
+    """
+    entries, absent = competitors(models, backends, precisions)
+    settings = {"competitors": [asdict(e) for e in entries], "rounds": rounds, "seconds": seconds, "memory": memory}
+    result: dict[str, Any] = {"kind": "bench", **settings, "absent": [str(entry) for entry in absent], "groups": []}
+    if file and Path(file).exists():
+        kept = json.loads(Path(file).read_text())
+        if changed := [name for name, value in settings.items() if kept.get(name) != value]:
+            raise ValueError(f"{file} holds another comparison ({', '.join(changed)} differ); give another file")
+        result = kept
+    keys = ("img_size", "num_threads", "batch_size")
+    done = [tuple(group[key] for key in keys) for group in result["groups"]]
+    for sizes in product(img_sizes, threads, batch_sizes):
+        if sizes in done:
+            continue
+        named = dict(zip(keys, sizes, strict=True))
+        where = ", ".join(f"{key} {value}" for key, value in named.items())
+        told = partial(_told, status, where)
+        result["groups"].append(measure(entries, **named, rounds=rounds, seconds=seconds, memory=memory, status=told))
+        if file:
+            write_text(file, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _told(status: Callable[[str], None], where: str, text: str) -> None:
+    status(f"{where}: {text}")
 
 
 @torch.inference_mode()
@@ -149,7 +201,7 @@ def measure(
             status(f"building {entry}")
             network = networks[entry.model]
             runner, peak_mib = _with_peak(entry, network, images, num_threads, memory)
-            parity = compare(lambda _, entry=entry: expected[entry.model], runner, [images])
+            parity = compare(partial(_given, expected[entry.model]), runner, [images])
             runners[str(entry)] = runner
             params = count_params(network)
             macs = count_macs(network, img_size)
@@ -164,7 +216,7 @@ def measure(
         found: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
         for dtype, peak in peaks.items():
             peak()  # warm-up
-            runners[f"peak {dtype}"] = lambda _, peak=peak, dtype=dtype: found[dtype].append(peak())
+            runners[f"peak {dtype}"] = partial(_note, found[dtype], peak)
         status(f"{len(entries)} competitors, {rounds} rounds")
         rates = images_per_s(runners, images, rounds, seconds)
     finally:
@@ -183,6 +235,14 @@ def measure(
     settings = {"batch_size": batch_size, "img_size": img_size, "num_threads": num_threads}
     limits = {str(dtype).removeprefix("torch."): Spread.of(values).median for dtype, values in found.items()}
     return {"env": env, **settings, "rounds": rounds, "macs_per_s_peak": limits, "rows": rows}
+
+
+def _given(logits: Tensor, images: Tensor) -> Tensor:
+    return logits
+
+
+def _note(values: list[float], peak: Callable[[], float], images: Tensor) -> None:
+    values.append(peak())
 
 
 def _product_dtype(precision: str) -> torch.dtype | None:
@@ -205,7 +265,7 @@ def _with_peak(
 
 
 def peak_mib(entry: Competitor, shape: Sequence[int], num_threads: int) -> float:
-    """Memory in MiB that a competitor holds while it runs, above that of a process that has built and run a small network.
+    """Memory in MiB that a competitor holds while it runs, above that of a process that has run a small network.
 
     Measured in a process of its own: after the runner was built, whatever building took has been given back to the
     system, and the largest resident size of three runs is read. Linux.

@@ -9,6 +9,7 @@ import torch
 
 import riformer
 from riformer import cli, tables
+from riformer.cli.options import console
 from riformer.config import DistillConfig, ModelConfig
 from riformer.recipes import RECIPES, RUNGS
 from riformer.study.dryrun import NUM_TIMED, Projection, build, count_data, dry_run
@@ -162,7 +163,7 @@ def test_unknown_data_and_several_processes_are_refused(monkeypatch):
 
 def test_the_command_prints_what_it_timed_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "width", 120)
+    monkeypatch.setattr(console, "width", 120)
     assert cli.run("train", ["--recipe", "quickstart", "--rung", "soft", "--dry-run", "--out", "run"]) == 0
     out = capsys.readouterr().out
     assert files(tmp_path) == []

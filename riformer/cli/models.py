@@ -1,0 +1,149 @@
+"""Verbs around a trained model: fuse, predict, publish, convert."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+from rich.table import Column, Table
+
+from riformer.cli.options import console, errors, load_model, verb_parser
+from riformer.deploy.parity import compare
+from riformer.deploy.predict import Prediction, find_images, predict
+from riformer.model.fuse import FORMS, deploy_form, mixing
+from riformer.model.hub import check_repository, push
+from riformer.model.metaformer import MetaFormer
+from riformer.model.weights import convert, load, save, save_pretrained
+from riformer.study.card import model_card
+from riformer.study.cost import count_params
+from riformer.study.evaluation import describe
+from riformer.train.run import Run
+
+
+def fuse_verb(argv: list[str]) -> int:
+    """Writes the deploy form of a run or model, after checking that it computes the same.
+
+    The check compares logits on random images; a difference above --tolerance of the largest logit writes nothing.
+    """
+    parser = verb_parser("fuse", fuse_verb)
+    parser.add_argument("source", type=str, help="run folder, model folder or weights file")
+    parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
+    parser.add_argument("--fold", action="store_true", help="also fold the layer scales into norms and MLPs")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
+    options = parser.parse_args(argv)
+    model = load(options.source)
+    if mixers := mixing(model):
+        raise ValueError(f"{options.source} mixes tokens ({mixers}), which nothing can merge away")
+    fused, difference = _in_form("folded" if options.fold else "deploy", model, options.tolerance)
+    save(fused, options.destination)
+    console.print(f"{options.destination}: {_outcome(model, fused, difference)}", highlight=False)
+    return 0
+
+
+def predict_verb(argv: list[str]) -> int:
+    """Labels images with a run or a saved model, fused first.
+
+    Images that cannot be read are named, the others still labelled; the exit code is then 1.
+    """
+    parser = verb_parser("predict", predict_verb)
+    parser.add_argument("model", type=str, help="run folder, model folder or weights file")
+    parser.add_argument(
+        "images", type=str, nargs="+", help="image files, folders, or - for one image on standard input"
+    )
+    parser.add_argument("--top_k", type=int, default=1, help="classes to name for each image, the most probable first")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
+    parser.add_argument("--batch_size", type=int, default=32, help="images computed at once")
+    options = parser.parse_args(argv)
+    piped = options.images == ["-"]
+    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
+    predictions = predict(deploy_form(load_model(options.model)), images, options.top_k, options.batch_size)
+    failed = False
+    headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
+    table = Table(Column("image", overflow="fold"), *headings)
+    quiet = options.json or not errors.is_terminal
+    for prediction in track(predictions, total=len(images), console=errors, transient=True, disable=quiet):
+        failed |= bool(prediction.error)
+        if options.json:
+            print(json.dumps(_as_json(prediction)), flush=True)  # noqa: T201
+        elif prediction.error:
+            errors.print(prediction.error, markup=False, highlight=False, soft_wrap=True)
+        else:
+            table.add_row(prediction.path, *[f"{name} {probability:.1%}" for name, probability in prediction.classes])
+    if table.rows:
+        console.print(table)
+    return int(failed)
+
+
+def publish(argv: list[str]) -> int:
+    """Writes a run's best model and a model card to a folder that timm reads, and pushes it to the Hugging Face Hub.
+
+    The card is the folder's README.md, with what the run folder says of the model, its accuracy and its training. A
+    model folder that was there is replaced, card and all. Pushing takes a network and a token (`hf auth login`).
+    """
+    parser = verb_parser("publish", publish)
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("folder", type=str, help="where to write; timm reads it as local-dir:FOLDER")
+    form_help = "deploy (fused), folded (layer scales merged as well), or training (as it was trained)"
+    parser.add_argument("--form", type=Literal["deploy", "folded", "training"], default="deploy", help=form_help)
+    parser.add_argument("--push", type=str, metavar="OWNER/NAME", default="", help="push it to this Hub repository too")
+    parser.add_argument("--private", action="store_true", help="make that repository private, where it is new")
+    options = parser.parse_args(argv)
+    if options.push:
+        check_repository(options.push)
+    elif options.private:
+        raise ValueError("--private is about the repository of --push OWNER/NAME, which was not given")
+    best = Run(options.run).best()
+    if best.resolve() == Path(options.folder).resolve():
+        raise ValueError(f"{options.folder} is the run's own best model, which it goes on needing; give another folder")
+    card, model = model_card(options.run, options.form, options.push), load(best)
+    published, difference = _in_form(options.form, model)
+    save_pretrained(published, options.folder, card)
+    console.print(f"{options.folder}: {_outcome(model, published, difference)}; README.md is its card", highlight=False)
+    if options.push:
+        push(options.folder, options.push, options.private)
+        console.print(f"pushed: hf-hub:{options.push}", highlight=False)
+    return 0
+
+
+def convert_verb(argv: list[str]) -> int:
+    """Reads an mmpretrain, PoolFormer or timm checkpoint and writes safetensors with this package's names.
+
+    Nothing in a checkpoint is executed. One that does not fit the architecture is refused, each difference named.
+    """
+    parser = verb_parser("convert", convert_verb)
+    parser.add_argument("source", type=str, help="checkpoint file, .pth or .safetensors")
+    parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
+    model_help = "what it must be, such as riformer_s12.mmpretrain_in1k_384 (default: told from its shapes, at 224 px)"
+    parser.add_argument("--model", type=str, help=model_help)
+    options = parser.parse_args(argv)
+    written = convert(options.source, options.destination, options.model)
+    model = load(written)
+    console.print(f"{written}: {describe(model)}, {count_params(model):,} parameters", highlight=False)
+    return 0
+
+
+def _in_form(form: str, model: MetaFormer, tolerance: float = 1e-4) -> tuple[MetaFormer, float]:
+    """The model in that form, and how far logits of random images are apart, as a share of the largest logit."""
+    changed = FORMS[form](model)
+    images = torch.randn(8, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    difference = compare(model, changed, [images.to(next(model.parameters()))]).max_rel
+    if not difference <= tolerance:
+        raise RuntimeError(f"the {form} form differs by {difference:.2g} of the largest logit; nothing was written")
+    return changed, difference
+
+
+def _outcome(before: MetaFormer, after: MetaFormer, difference: float) -> str:
+    return (
+        f"{describe(after)}, {count_params(after):,} parameters, {count_params(before):,} before; "
+        f"largest difference {difference:.1e} of the largest logit"
+    )
+
+
+def _as_json(prediction: Prediction) -> dict[str, Any]:
+    if prediction.error:
+        return {"path": prediction.path, "error": prediction.error}
+    classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
+    return {"path": prediction.path, "classes": classes}

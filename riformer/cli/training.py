@@ -1,0 +1,119 @@
+"""Verbs that train and evaluate."""
+
+import os
+from pathlib import Path
+from typing import get_type_hints
+
+from rich.table import Table
+
+from riformer.cli.options import (
+    base_recipe,
+    console,
+    errors,
+    known,
+    load_model,
+    main_console,
+    parse_recipe,
+    recipe_parser,
+    verb_parser,
+)
+from riformer.config import DataConfig
+from riformer.progress import TrainProgress
+from riformer.recipes import DEFAULT_RUNGS, RUNGS
+from riformer.study.dryrun import dry_run
+from riformer.study.evaluation import evaluate_model, evaluate_run
+from riformer.study.ladder import run_ladder, run_recipe
+from riformer.tables import print_projections, print_runs
+from riformer.train.run import Run
+
+
+def train(argv: list[str]) -> int:
+    """Trains one network, and its own teacher first where the recipe says so; then evaluates it.
+
+    The recipe gives every setting, and any of them can be overridden. The same command, given again, goes on exactly
+    with an interrupted run. Several processes: torchrun --nproc-per-node N -m riformer train ...
+    """
+    given, base = base_recipe(argv)
+    parser = recipe_parser("train", train, given)
+    dry_help = (
+        "build everything, time some steps on synthetic images and say what the training will take; write nothing"
+    )
+    parser.add_argument("--dry_run", action="store_true", help=dry_help)
+    parser.add_argument("--rung", type=str, default="full", help="train this rung of a ladder, see `riformer list`")
+    parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
+    parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
+    options, recipe = parse_recipe(parser, base, argv)
+    recipe = RUNGS[known(options.rung, RUNGS, "rung")](recipe)
+    if options.dry_run:
+        with errors.status("") as status:
+            projections = dry_run(recipe, status.update)
+        print_projections(projections, console)
+        return 0
+    folder = Path(given.resume or options.out or f"runs/{recipe.name}-seed{recipe.seed}")
+    with TrainProgress(main_console()) as progress:
+        finished = run_recipe(recipe, folder, progress)
+    print_runs([finished], main_console())
+    return 0
+
+
+def ladder(argv: list[str]) -> int:
+    """Trains rungs of a comparison over several seeds, each in a run folder of its own, and prints them side by side.
+
+    A rung changes one thing in the recipe, such as learning from labels alone; overrides apply to all rungs. The same
+    command, given again, goes on where it stopped.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a ladder runs in one process; give each of its trainings to torchrun by itself")
+    given, base = base_recipe(argv)
+    parser = recipe_parser("ladder", ladder, given)
+    rungs_help = "what to compare, see `riformer list`"
+    parser.add_argument("--rungs", type=list[str], default=list(DEFAULT_RUNGS), help=rungs_help)
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each rung")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
+    parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
+    options, recipe = parse_recipe(parser, base, argv)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError(f"--seeds {options.seeds} has a seed twice")
+    rungs = [RUNGS[known(name, RUNGS, "rung")](recipe) for name in options.rungs]
+    with TrainProgress(main_console()) as progress:
+        folder = Path(options.out or f"runs/{recipe.name}")
+        finished = run_ladder(rungs, options.seeds, folder, progress, options.jobs)
+    print_runs(finished, main_console())
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Accuracy before and after the fuse.
+
+    Of a run: on its own data, with its teacher, parity and speed; recorded in the run folder. Of any saved model, or
+    with --data.name: on the data given, with the model's own preprocessing and class names.
+    """
+    parser = verb_parser("eval", evaluate)
+    parser.add_argument("model", type=str, help="run folder, model folder or weights file")
+    parser.add_argument("--split", type=str, default="", help="train, val or test (default: test where there is one)")
+    for name in ("name", "root", "val_fraction", "on_bad", "num_workers"):
+        default = "" if name == "name" else getattr(DataConfig(), name)
+        parser.add_argument(f"--data.{name}", type=get_type_hints(DataConfig)[name], default=default, help="see train")
+    options = parser.parse_args(argv)
+    path, run = Path(options.model), Run(options.model)
+    is_run = (path / "recipe.json").is_file()
+    if is_run and not options.data.name:
+        if ignored := [argument for argument in argv if argument.startswith("--data.")]:
+            raise ValueError(
+                f"{path} is evaluated on its own data, which {' '.join(ignored)} would change; add --data.name"
+            )
+        if not options.split:
+            evaluate_run(path)
+            print_runs([run], main_console())
+            return 0
+        recipe = run.recipe()
+        data, origin = recipe.data, {"seed": recipe.seed, "record": run.read("data.json")}
+    elif options.data.name:
+        data, origin = DataConfig(**vars(options.data)), {}
+    else:
+        raise ValueError(f"{path} is not a run folder, so it names no data: give --data.name")
+    table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {data.name}")
+    for form, result in evaluate_model(load_model(path), data, options.split, **origin).items():
+        table.add_row(form, f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", str(result.num_images))
+    console.print(table)
+    return 0
