@@ -12,6 +12,7 @@ VERBS = {
     "eval": "accuracy before and after the fuse, of a run or of any saved model on any data",
     "fuse": "write the deploy form of a run or model, checked equal",
     "predict": "label images",
+    "profile": "where a network's time goes, and the share of its token mixers",
     "bench": "images per second of networks on engines, side by side",
     "publish": "write a run's model with a card, for timm and the Hugging Face Hub",
     "convert": "read an mmpretrain, PoolFormer or timm checkpoint, write safetensors",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from riformer.study.dryrun import Projection
+from riformer.study.profile import Profile
 from riformer.train.run import Run
 
 
@@ -104,6 +105,34 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
                 f"{row['max_rel']:.0e}",
                 f"{row['top1_agreement']:.0%}",
             )
-        console.print(table)
+        console.print(table, width=max(console.width, 120), crop=False)
     if result["absent"]:
         console.print(f"not there: {'; '.join(result['absent'])}", highlight=False, style="dim")
+
+
+def print_profile(found: Profile, title: str, console: Console) -> None:
+    """Built up beside taken apart, and whether the parts add up."""
+    added = {step.name: step for step in found.steps}
+    numbers = [Column(h, justify="right") for h in ("built up", "adds", "in place", "share", "GMACs", "MB moved")]
+    table = Table(Column("part", no_wrap=True), *numbers, title=f"{title}, ms a batch", box=SIMPLE_HEAD)
+    for kind, part in found.by_kind().items():
+        step = added.get(kind)
+        table.add_row(
+            kind,
+            f"{step.latency_ms.median:.2f}" if step else "",
+            f"{step.added_ms:+.2f}" if step else "",
+            f"{part['latency_ms']:.2f}",
+            f"{part['share']:.1%}",
+            f"{part['macs'] / 1e9:.3f}",
+            f"{part['num_bytes'] / 1e6:.1f}",
+        )
+    whole = found.whole_ms
+    table.add_row("sum", "", "", f"{found.sum_ms:.2f}")
+    table.add_row("the whole, no clocks", f"{whole.median:.2f}", "", f"{whole.median:.2f}")
+    console.print(table)
+    console.print(
+        f"token mixers: {found.mixer_share_built_up:.1%} built up (without the head), {found.mixer_share_in_place:.1%} "
+        f"in place; the parts are {found.sum_of_whole:.1%} of the whole"
+        + ("" if found.adds_up else ": they do NOT add up within 5 %, so trust neither; measure on a quieter machine"),
+        highlight=False,
+    )

@@ -9,7 +9,7 @@ from rich.logging import RichHandler
 from riformer.cli.models import convert_verb, fuse_verb, predict_verb, publish
 from riformer.cli.options import errors
 from riformer.cli.overview import list_verb, report
-from riformer.cli.speed import bench_verb
+from riformer.cli.speed import bench_verb, profile_verb
 from riformer.cli.training import evaluate, ladder, train
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -18,6 +18,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "fuse": fuse_verb,
     "predict": predict_verb,
+    "profile": profile_verb,
     "bench": bench_verb,
     "publish": publish,
     "convert": convert_verb,

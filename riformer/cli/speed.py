@@ -1,11 +1,20 @@
 """Verbs that measure speed: bench and profile."""
 
+import json
+from pathlib import Path
+from typing import Literal
+
 import torch
 
+from riformer.atomic import write_text
 from riformer.cli.options import console, errors, verb_parser
 from riformer.deploy.backends import BACKENDS
-from riformer.study.bench import bench
-from riformer.tables import print_bench
+from riformer.deploy.runtime import DTYPES
+from riformer.study.bench import bench, open_network
+from riformer.study.profile import profile
+from riformer.study.profile_figure import draw
+from riformer.tables import print_bench, print_profile
+from riformer.train.run import environment
 
 
 def bench_verb(argv: list[str]) -> int:
@@ -39,4 +48,37 @@ def bench_verb(argv: list[str]) -> int:
         measured = (o.out, o.rounds, o.seconds, o.memory, status.update)
         result = bench(o.models, o.backends, o.precisions, *sizes, *measured)
     print_bench(result, console)
+    return 0
+
+
+def profile_verb(argv: list[str]) -> int:
+    """Where a network's time goes: the share of its token mixers, built up step by step and taken apart in place.
+
+    Built up is the paper's analysis: the embedding alone, then with norms, token mixers, MLPs and the head put back.
+    Taken apart puts clocks around every part of the untouched network. For ViT and DeiT, PoolFormer, RIFormer (in
+    the form in which it comes), GFNet, ConvFormer, CAFormer, ConvNeXt and Swin.
+    """
+    parser = verb_parser("profile", profile_verb)
+    parser.add_argument("model", type=str, help="timm name, as NAME or NAME:mixer=pooling; or a saved model")
+    parser.add_argument("--batch_size", type=int, default=8, help="images at once")
+    parser.add_argument("--img_size", type=int, default=224, help="height and width, pixels")
+    precisions = Literal["fp32", "bf16", "fp16"]
+    parser.add_argument("--precision", type=precisions, default="fp32", help="type of weights and maps")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each network")
+    parser.add_argument("--out", type=str, help="folder for profile.json and profile.svg")
+    o = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = open_network(o.model, deploy=False).to(device, DTYPES[o.precision])
+    images = torch.randn(o.batch_size, 3, o.img_size, o.img_size, device=device, dtype=DTYPES[o.precision])
+    with errors.status(f"{o.model}: {o.rounds} rounds"):
+        found = profile(model, images, o.rounds)
+    title = f"{o.model}, batch {o.batch_size}, {o.img_size} px, {o.precision}"
+    print_profile(found, title, console)
+    if o.out:
+        folder = Path(o.out)
+        settings = {name: getattr(o, name) for name in ("model", "batch_size", "img_size", "precision", "rounds")}
+        draw(found, title, folder / "profile.svg")
+        record = {"settings": settings, "env": environment(1), **found.to_dict()}
+        write_text(folder / "profile.json", json.dumps(record, indent=1) + "\n")
+        console.print(f"{folder}: profile.json, profile.svg", highlight=False)
     return 0

@@ -47,8 +47,8 @@ class Competitor:
         return f"{self.model} {self.backend} {self.precision}"
 
 
-def open_network(name: str) -> nn.Module:
-    """A network ready for use, in deploy form and eval mode.
+def open_network(name: str, deploy: bool = True) -> nn.Module:
+    """A network in eval mode, in deploy form unless that is not wanted.
 
     Args:
         name: a model of timm, with arguments as `riformer_s12:mixer=pooling,num_classes=10`; or a run folder, a model
@@ -63,7 +63,8 @@ def open_network(name: str) -> nn.Module:
             raise ValueError(
                 f"no model {name!r}: neither a name in timm nor a run folder, model folder or weights file"
             )
-        return deploy_form(load(name).float().eval())
+        model = load(name).float().eval()
+        return deploy_form(model) if deploy else model
     args: dict[str, Any] = {}
     for item in given.split(",") if given else ():
         key, equals, value = item.partition("=")
@@ -73,7 +74,8 @@ def open_network(name: str) -> nn.Module:
             args[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             args[key] = value
-    return deploy_form(randomised(timm.create_model(model_name, **args)).eval())
+    model = randomised(timm.create_model(model_name, **args)).eval()
+    return deploy_form(model) if deploy else model
 
 
 def randomised(model: nn.Module, seed: int = 0) -> Any:

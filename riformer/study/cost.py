@@ -37,9 +37,15 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, img_size: int | Sequence[int] = 224) -> int:
-    """Multiply-accumulates of one image through any model in eval mode, from shapes alone: nothing is computed.
+    """Multiply-accumulates of one image through any model in eval mode; see `count_macs_by_module`."""
+    return count_macs_by_module(model, img_size)[""]
 
-    The model may be on any device, the meta device included, and stays as it is.
+
+def count_macs_by_module(model: nn.Module, img_size: int | Sequence[int] = 224) -> dict[str, int]:
+    """Multiply-accumulates of one image, by the names of the modules that compute any; "" is the whole model.
+
+    From shapes alone: nothing is computed. The model may be on any device, the meta device included, and stays as it
+    is; it counts as in eval mode.
 
     Args:
         model: takes [1, C, H, W].
@@ -55,7 +61,10 @@ def count_macs(model: nn.Module, img_size: int | Sequence[int] = 224) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
         model(torch.empty(1, *shape, device=like.device, dtype=like.dtype))
-    return counter.get_total_flops() // 2
+    by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    inside = {name.removeprefix(f"{root}."): macs for name, macs in by_name.items() if name not in ("Global", root)}
+    return {"": by_name.get("Global", 0), **inside}
 
 
 def gpu_hours(recipe: Recipe, num_images: int = 1_281_167) -> float:
