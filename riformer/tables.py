@@ -106,8 +106,6 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
                 f"{row['top1_agreement']:.0%}",
             )
         console.print(table, width=max(console.width, 120), crop=False)
-    if result["absent"]:
-        console.print(f"not there: {'; '.join(result['absent'])}", highlight=False, style="dim")
 
 
 def print_profile(found: Profile, title: str, console: Console) -> None:

@@ -10,7 +10,7 @@ from riformer.atomic import write_text
 from riformer.cli.options import console, errors, verb_parser
 from riformer.deploy.backends import BACKENDS
 from riformer.deploy.runtime import DTYPES
-from riformer.study.bench import bench, open_network
+from riformer.study.bench import bench, competitors, open_network
 from riformer.study.profile import profile
 from riformer.study.profile_figure import draw
 from riformer.tables import print_bench, print_profile
@@ -43,11 +43,13 @@ def bench_verb(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=str, help="JSON file for the results; `riformer report` makes a page of it")
     o = parser.parse_args(argv)
-    sizes = (o.batch_sizes, o.img_sizes, o.threads)
+    entries, absent = competitors(o.models, o.backends, o.precisions)
     with errors.status("") as status:
-        measured = (o.out, o.rounds, o.seconds, o.memory, status.update)
-        result = bench(o.models, o.backends, o.precisions, *sizes, *measured)
+        sizes = (o.batch_sizes, o.img_sizes, o.threads)
+        result = bench(entries, *sizes, o.out, o.rounds, o.seconds, o.memory, status.update)
     print_bench(result, console)
+    if absent:
+        console.print(f"not there: {'; '.join(map(str, absent))}", highlight=False, style="dim")
     return 0
 
 

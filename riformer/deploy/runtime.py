@@ -121,8 +121,10 @@ def _build(model: MetaFormer, backend: str, precision: str) -> nn.Module:
         if products != precision:
             _say_once(f"{precision} is computed in {products}: this processor has {instruction_set}")
         return NativeNetwork(network_weights(model), instruction_set, products)
-    from riformer.deploy.cuda import TritonNetwork  # imports triton
-
+    try:
+        from riformer.deploy.cuda import TritonNetwork
+    except ImportError as error:
+        raise UnavailableError(f"the backend triton is not installed ({error}): pip install triton") from error
     return TritonNetwork(network_weights(model), DTYPES[precision])
 
 

@@ -123,9 +123,7 @@ def competitors(
 
 
 def bench(
-    models: Sequence[str],
-    backends: Sequence[str],
-    precisions: Sequence[str],
+    entries: Sequence[Competitor],
     batch_sizes: Sequence[int] = (8,),
     img_sizes: Sequence[int] = (224,),
     threads: Sequence[int] = (1,),
@@ -138,14 +136,14 @@ def bench(
     """Measures every group of image size, batch size and number of threads, each in one go; see `measure`.
 
     Args:
+        entries: what to compare, the one that ratios refer to first; `competitors` makes every combination.
         file: JSON file to keep the results in after each group; groups that it holds are not measured again.
 
     Raises:
-        ValueError: nothing to measure, or the file holds another comparison.
+        ValueError: the file holds another comparison.
     """
-    entries, absent = competitors(models, backends, precisions)
-    settings = {"competitors": [asdict(e) for e in entries], "rounds": rounds, "seconds": seconds, "memory": memory}
-    result: dict[str, Any] = {"kind": "bench", **settings, "absent": [str(entry) for entry in absent], "groups": []}
+    settings = {"competitors": [asdict(e) for e in entries], "rounds": rounds, "seconds": seconds}
+    result: dict[str, Any] = {"kind": "bench", **settings, "groups": []}
     if file and Path(file).exists():
         kept = json.loads(Path(file).read_text())
         if changed := [name for name, value in settings.items() if kept.get(name) != value]:

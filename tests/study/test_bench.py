@@ -22,6 +22,10 @@ BARS = {"fp32": 1e-5, "bf16x3": 5e-5, "bf16": 3e-2, "fp16": 3e-2, "int8": 0.2}
 ENGINES = [(name, p) for name, backend in BACKENDS.items() for p in backend.precisions if "compile" not in name]
 
 
+def entries(*names):
+    return [Competitor("riformer_micro", name, "fp32") for name in names]
+
+
 @pytest.fixture(scope="module")
 def network():
     return open_network("riformer_micro:num_classes=7")
@@ -43,7 +47,7 @@ def test_a_wrong_engine_shows_in_its_row(monkeypatch):
         return lambda batch: model(batch).roll(1, dims=1)
 
     monkeypatch.setitem(BACKENDS, "wrong", Backend(wrong, ("fp32",)))
-    rows = bench(["riformer_micro"], ["eager", "wrong"], ["fp32"], **QUICK)["groups"][0]["rows"]
+    rows = bench(entries("eager", "wrong"), **QUICK)["groups"][0]["rows"]
     assert rows[0]["max_rel"] < 1e-5
     assert rows[1]["max_rel"] > 0.1
     assert rows[1]["top1_agreement"] == 0
@@ -77,7 +81,7 @@ def test_turns_alternate_and_ratios_are_taken_round_by_round(monkeypatch):
         return {name: [factors.get(name, factors.get(name.split()[0], 1)) * rate for rate in slow] for name in runners}
 
     monkeypatch.setattr(module, "images_per_s", rates)
-    first, second = bench(["riformer_micro"], ["eager", "ours"], ["fp32"], **QUICK)["groups"][0]["rows"]
+    first, second = bench(entries("eager", "ours"), **QUICK)["groups"][0]["rows"]
     assert first["ratio"] == {"median": 1, "low": 1, "high": 1}
     assert second["ratio"] == {"median": 3, "low": 3, "high": 3}
     assert second["of_products_alone"]["median"] == pytest.approx(3 / 2)
@@ -86,7 +90,6 @@ def test_turns_alternate_and_ratios_are_taken_round_by_round(monkeypatch):
 
 def test_what_was_measured_is_kept_and_not_measured_again(tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
-    arguments = (["riformer_micro"], ["eager"], ["fp32"])
     calls = []
 
     def interrupted(*args, **settings):
@@ -98,15 +101,15 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "measure", interrupted)
     sizes = QUICK | {"batch_sizes": [1, 2, 3]}
     with pytest.raises(KeyboardInterrupt):
-        bench(*arguments, **sizes, file=file)
+        bench(entries("eager"), **sizes, file=file)
     kept = json.loads(file.read_text())["groups"]
-    result = bench(*arguments, **sizes, file=file)
+    result = bench(entries("eager"), **sizes, file=file)
     assert calls == [1, 2, 2, 3]
     assert result["groups"][0] == kept[0]
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     with pytest.raises(ValueError, match=r"another comparison \(competitors differ\)"):
-        bench(["riformer_mini"], ["eager"], ["fp32"], **QUICK, file=file)
+        bench(entries("ours"), **QUICK, file=file)
 
 
 def test_threads_are_set_and_put_back():

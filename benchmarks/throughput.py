@@ -1,0 +1,47 @@
+"""How fast are the networks of the paper's table on the device at hand, each on the fastest general engine there?
+
+The rows of the paper's throughput table at 224 px in bf16: OpenVINO on a CPU, torch.compile(max-autotune) on a GPU; and
+RIFormers also on their own runtime. `riformer report` renders the result beside the published accuracies.
+
+    python benchmarks/throughput.py
+    riformer report benchmarks/results/throughput.json
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from riformer.study.bench import Competitor, bench
+from riformer.tables import print_bench
+
+SIZES = ("s12", "s24", "s36", "m36", "m48")
+PEERS = ("resnet50", "deit_small_patch16_224", "deit_base_patch16_224", "convnext_tiny", "gfnet_h_b")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results/throughput.json", help="result file"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=256 if torch.cuda.is_available() else 8, help="images at once"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
+    parser.add_argument("--smoke", action="store_true", help="two small networks once, to see that everything runs")
+    options = parser.parse_args()
+    engine = "compile" if torch.cuda.is_available() else "openvino"
+    sizes, peers, pixels = (SIZES, PEERS, 224) if not options.smoke else (("micro",), ("resnet10t",), 32)
+    entries = [Competitor(f"riformer_{size}:mixer=pooling", engine, "bf16") for size in sizes]
+    entries += [Competitor(name, engine, "bf16") for name in peers]
+    entries += [Competitor(f"riformer_{size}", engine, "bf16") for size in sizes]
+    entries += [Competitor(f"riformer_{size}", "ours", "bf16") for size in sizes]
+    console = Console()
+    group = ([options.batch_size], [pixels], [options.threads], options.out, options.rounds, 0.2, False)
+    print_bench(bench(entries, *group, status=lambda text: console.log(text, highlight=False)), console)
+
+
+if __name__ == "__main__":
+    main()
