@@ -8,6 +8,7 @@ is one interleaved comparison, see README.md beside this file. Goes on where it 
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,17 +17,10 @@ from riformer.study.bench import Competitor, bench
 from riformer.tables import print_bench
 
 RESULTS = Path(__file__).parent / "results"
-ENGINES = (
-    *(
-        ("eager", "fp32"),
-        ("eager", "bf16"),
-        ("compile", "bf16"),
-        ("compile-collapsed", "bf16"),
-        ("onnxruntime", "fp32"),
-    ),
-    *(("openvino", "fp32"), ("openvino", "bf16"), ("openvino-collapsed", "fp32"), ("openvino-collapsed", "bf16")),
-    *(("ours", "fp32"), ("ours", "bf16x3"), ("ours", "bf16")),
-)
+ENGINES = {
+    **{"eager": ("fp32", "bf16"), "compile": ("bf16",), "compile-collapsed": ("bf16",), "onnxruntime": ("fp32",)},
+    **{"openvino": ("fp32", "bf16"), "openvino-collapsed": ("fp32", "bf16"), "ours": ("fp32", "bf16x3", "bf16")},
+}
 
 
 def main() -> None:
@@ -38,15 +32,15 @@ def main() -> None:
     console = Console()
     plan = {"riformer_s12": (1, 8, 32), "riformer_m36": (8,)} if not options.smoke else {"riformer_micro": (2,)}
     for model, batch_sizes in plan.items():
-        engines = [e for e in ENGINES if not (options.smoke and e[0].startswith("compile"))]
-        entries = [Competitor(model, *engine) for engine in engines]
+        engines = [name for name in ENGINES if not (options.smoke and name.startswith("compile"))]
+        entries = [Competitor(model, name, precision) for name in engines for precision in ENGINES[name]]
+        status = partial(console.log, model, highlight=False)
         file = options.out / f"cpu_{model}.json"
         size, rounds = (32, 3) if options.smoke else (224, options.rounds)
         for batch_size in batch_sizes:
             for threads in (1, 2):
                 memory = batch_size == 8 and threads == 1
-                group = ([batch_size], [size], [threads], file, rounds, 0.2, memory)
-                bench(entries, *group, status=lambda text: console.log(f"{model}: {text}", highlight=False))
+                bench(entries, [batch_size], [size], [threads], file, rounds, memory=memory, status=status)
         print_bench(json.loads(file.read_text()), console)
 
 

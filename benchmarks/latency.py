@@ -17,17 +17,15 @@ from riformer.study.profile_figure import draw
 from riformer.tables import print_profile
 from riformer.train.run import environment
 
+RESULTS = Path(__file__).parent / "results"
+BATCH_SIZE = 256 if torch.cuda.is_available() else 4
 MODELS = ("vit_base_patch16_224", *(f"riformer_s12:mixer={mixer}" for mixer in ("pooling", "affine", "identity")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results/latency", help="folder of the results"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=256 if torch.cuda.is_available() else 4, help="images at once"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "latency", help="folder of the results")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images at once")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each network")
     parser.add_argument("--smoke", action="store_true", help="a small network once, to see that everything runs")
     options = parser.parse_args()

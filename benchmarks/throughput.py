@@ -8,6 +8,7 @@ RIFormers also on their own runtime. `riformer report` renders the result beside
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,18 +17,16 @@ from rich.console import Console
 from riformer.study.bench import Competitor, bench
 from riformer.tables import print_bench
 
+RESULTS = Path(__file__).parent / "results"
+BATCH_SIZE = 256 if torch.cuda.is_available() else 8
 SIZES = ("s12", "s24", "s36", "m36", "m48")
 PEERS = ("resnet50", "deit_small_patch16_224", "deit_base_patch16_224", "convnext_tiny", "gfnet_h_b")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results/throughput.json", help="result file"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=256 if torch.cuda.is_available() else 8, help="images at once"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json", help="result file")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images at once")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
     parser.add_argument("--smoke", action="store_true", help="two small networks once, to see that everything runs")
@@ -39,8 +38,9 @@ def main() -> None:
     entries += [Competitor(f"riformer_{size}", engine, "bf16") for size in sizes]
     entries += [Competitor(f"riformer_{size}", "ours", "bf16") for size in sizes]
     console = Console()
-    group = ([options.batch_size], [pixels], [options.threads], options.out, options.rounds, 0.2, False)
-    print_bench(bench(entries, *group, status=lambda text: console.log(text, highlight=False)), console)
+    status = partial(console.log, highlight=False)
+    where = ([options.batch_size], [pixels], [options.threads], options.out)
+    print_bench(bench(entries, *where, options.rounds, memory=False, status=status), console)
 
 
 if __name__ == "__main__":
