@@ -1,7 +1,7 @@
 """How fast is each way to deploy a RIFormer on this CPU?
 
-S12 at batches of 1, 8 and 32, M36 at 8, 224 px, one and two threads; peak memory at batch 8 and one thread. Each group
-is one interleaved comparison, see README.md beside this file. Goes on where it was interrupted.
+S12 and M36 at batches of 1, 8 and 32, 224 px, one and two threads; peak memory at batch 8 and one thread. Each group is
+one interleaved comparison, see README.md beside this file. Goes on where it was interrupted.
 
     python benchmarks/cpu.py
 """
@@ -9,6 +9,7 @@ is one interleaved comparison, see README.md beside this file. Goes on where it 
 import argparse
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from riformer.study.bench import Competitor, bench
 from riformer.tables import print_bench
 
 RESULTS = Path(__file__).parent / "results"
+MODELS = ("riformer_s12", "riformer_m36")
 ENGINES = {
     **{"eager": ("fp32", "bf16"), "compile": ("bf16",), "compile-collapsed": ("bf16",), "onnxruntime": ("fp32",)},
     **{"openvino": ("fp32", "bf16"), "openvino-collapsed": ("fp32", "bf16"), "ours": ("fp32", "bf16x3", "bf16")},
@@ -26,21 +28,19 @@ ENGINES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each competitor")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
     parser.add_argument("--smoke", action="store_true", help="a small network once, to see that everything runs")
     options = parser.parse_args()
     console = Console()
-    plan = {"riformer_s12": (1, 8, 32), "riformer_m36": (8,)} if not options.smoke else {"riformer_micro": (2,)}
-    for model, batch_sizes in plan.items():
-        engines = [name for name in ENGINES if not (options.smoke and name.startswith("compile"))]
+    engines = [name for name in ENGINES if not (options.smoke and name.startswith("compile"))]
+    models, batch_sizes, img_size = (MODELS, (1, 8, 32), 224) if not options.smoke else (("riformer_micro",), (2,), 32)
+    files = {model: options.out / f"cpu_{model}.json" for model in models}
+    for threads, (model, file), batch_size in product((1, 2), files.items(), batch_sizes):
         entries = [Competitor(model, name, precision) for name in engines for precision in ENGINES[name]]
         status = partial(console.log, model, highlight=False)
-        file = options.out / f"cpu_{model}.json"
-        size, rounds = (32, 3) if options.smoke else (224, options.rounds)
-        for batch_size in batch_sizes:
-            for threads in (1, 2):
-                memory = batch_size == 8 and threads == 1
-                bench(entries, [batch_size], [size], [threads], file, rounds, memory=memory, status=status)
+        memory = threads == 1 and batch_size == 8
+        bench(entries, [batch_size], [img_size], [threads], file, options.rounds, memory=memory, status=status)
+    for file in files.values():
         print_bench(json.loads(file.read_text()), console)
 
 

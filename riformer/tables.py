@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from riformer.study.dryrun import Projection
@@ -85,18 +86,21 @@ def _mean(values: Iterable[float]) -> str:
 
 def print_bench(result: dict[str, Any], console: Console) -> None:
     """Tables of a bench, one a group. Each rate with half its quartiles' distance."""
+    models = {entry["model"] for entry in result["competitors"]}
     for group in result["groups"]:
         title = f"{group['img_size']} px, batch {group['batch_size']}, threads {group['num_threads']}"
         peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GMAC/s" for name, rate in group["macs_per_s_peak"].items())
-        caption = f"{group['env']['device']}; peak, measured by one large product: {peaks}"
+        caption = f"{group['env']['device']}; peak of products in the first-level cache or one large one: {peaks}"
         numbers = [
             Column(h, justify="right") for h in ("images/s", "to first", "products", "peak", "MiB", "error", "top-1")
         ]
-        table = Table(Column("", no_wrap=True), *numbers, title=title, caption=caption, box=SIMPLE_HEAD)
+        if len(models) == 1:
+            title = f"{next(iter(models))}, {title}"
+        table = Table("", *numbers, title=title, caption=caption, box=SIMPLE_HEAD)
         for row in group["rows"]:
             rate, alone = row["images_per_s"], row.get("of_products_alone")
             table.add_row(
-                f"{row['model']} {row['backend']} {row['precision']}",
+                f"{row['model'] if len(models) > 1 else ''} {row['backend']} {row['precision']}".strip(),
                 f"{rate['median']:,.4g} ±{(rate['high'] - rate['low']) / rate['median'] / 2:.0%}",
                 f"{row['ratio']['median']:.2f}×",
                 f"{alone['median']:.0%}" if alone else "–",
@@ -105,7 +109,8 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
                 f"{row['max_rel']:.0e}",
                 f"{row['top1_agreement']:.0%}",
             )
-        console.print(table, width=max(console.width, 120), crop=False)
+        table.width = Measurement.get(console, console.options.update(width=200), table).maximum  # no number is cut
+        console.print(table, crop=False)
 
 
 def print_profile(found: Profile, title: str, console: Console) -> None:

@@ -12,17 +12,30 @@ from riformer.model.mixers import MIXERS
 from riformer.recipes import RECIPES, RUNGS
 from riformer.study.cost import count_params
 from riformer.study.report import write_report
+from riformer.study.speed_report import write_speed_report
 from riformer.train.data import DATASETS
 
 
 def report(argv: list[str]) -> int:
-    """Writes one self-contained HTML page about the runs: results, curves, speed, predictions, settings."""
+    """Writes one self-contained HTML page: about runs, or about speeds that were measured.
+
+    About runs: results, curves, speed, predictions, settings. About result files of `riformer bench --out`: speeds
+    beside their errors and limits, and with published networks among them a picture of speed and accuracy.
+    """
     parser = verb_parser("report", report)
-    parser.add_argument("runs", type=str, nargs="+", help="run folders, or folders that contain run folders")
-    parser.add_argument("--out", type=str, help="file to write (default: report.html in the first folder)")
+    runs_help = "run folders, or folders that contain run folders; or result files of a bench"
+    parser.add_argument("paths", type=str, nargs="+", help=runs_help)
+    out_help = "file to write (default: report.html in the first folder, or beside the first file)"
+    parser.add_argument("--out", type=str, help=out_help)
     options = parser.parse_args(argv)
-    runs = [Path(name) for name in options.runs]
-    written = write_report(runs, Path(options.out or runs[0] / "report.html"))
+    paths = [Path(name) for name in options.paths]
+    files = [path for path in paths if path.is_file()]
+    if files and len(files) < len(paths):
+        raise ValueError(f"{files[0]} is a file and others are folders: runs and measured speeds make two reports")
+    if files:
+        written = write_speed_report(files, Path(options.out or files[0].with_suffix(".html")))
+    else:
+        written = write_report(paths, Path(options.out or paths[0] / "report.html"))
     console.print(f"report: {written}", highlight=False, soft_wrap=True)
     return 0
 

@@ -60,7 +60,7 @@ class TritonNetwork(nn.Module):
         """Kernel by kernel, without a graph."""
         x = images.to(self.dtype, memory_format=torch.channels_last)
         for (weight, bias, stride, padding), blocks in zip(self.convs, self.stages, strict=True):
-            x = F.conv2d(x, weight, bias, stride, padding)
+            x = _conv(x, weight, bias, stride, padding)
             num, channels, height, width = x.shape
             tokens = x.permute(0, 2, 3, 1).reshape(-1, channels)
             self._blocks(tokens, blocks, height * width)
@@ -89,6 +89,17 @@ def _in_types(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
     products = {"fc1_weight": block.fc1_weight.to(dtype), "fc2_weight": block.fc2_weight.to(dtype)}
     others = {name: tensor.float() for name, tensor in block._asdict().items() if name not in products}
     return BlockWeights(**{name: tensor.detach().contiguous() for name, tensor in {**others, **products}.items()})
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """A convolution. Choice: in float32 as a matrix product, because PyTorch's convolutions on a GPU then are TF32."""
+    if x.dtype != torch.float32:
+        return F.conv2d(x, weight, bias, stride, padding)
+    kernel = weight.shape[2:]
+    height, width = ((x.shape[2 + i] + 2 * padding - kernel[i]) // stride + 1 for i in range(2))
+    patches = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2)
+    found = F.linear(patches, weight.flatten(1), bias)
+    return found.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 class _Graph:

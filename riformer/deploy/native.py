@@ -134,6 +134,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "add_block": (None, [pointer, ctypes.POINTER(pointer), number]),
         "set_head": (None, [pointer] * 3 + [number, ctypes.c_float]),
         "forward": (number, [pointer] * 3 + [number] * 4),
+        "multiply_in_cache": (ctypes.c_double, [pointer] + [number] * 2),
         "delete": (None, [pointer]),
         "gelu": (None, [pointer] * 2 + [number] * 2),
     }
@@ -141,6 +142,27 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function: Callable = getattr(library, f"riformer_{name}")
         function.restype, function.argtypes = result, arguments  # type: ignore[attr-defined]
     return library
+
+
+def products_in_cache(precision: str, repeats: int) -> float:
+    """Computes products whose operands stay in the first-level cache, on all threads; returns multiply-accumulates.
+
+    With the time that it takes, this is the processor's peak: no network can be faster.
+
+    Raises:
+        UnavailableError: this machine has no products of that precision.
+    """
+    instruction_set, products = choose(precision)
+    if products != precision:
+        raise UnavailableError(f"{instruction_set} has no products in {precision}")
+    library = build(instruction_set)
+    network = library.riformer_new(products.encode())
+    if not network:
+        raise UnavailableError(f"the system grants no {products} products of {instruction_set}")
+    try:
+        return library.riformer_multiply_in_cache(network, torch.get_num_threads(), repeats)
+    finally:
+        library.riformer_delete(network)
 
 
 class NativeNetwork(nn.Module):

@@ -55,6 +55,7 @@ struct Network {
   virtual void add_block(const float* const* tensors, int hidden) = 0;
   virtual void set_head(const float* weight, const float* bias, int columns, float eps) = 0;
   virtual void forward(const float* images, float* logits, int num, int height, int width, int threads) = 0;
+  virtual double multiply_in_cache(int threads, int repeats) = 0;
 };
 
 template <class P>
@@ -113,6 +114,27 @@ struct NetworkOf : Network {
   void set_head(const float* weight, const float* bias, int columns, float norm_eps) override {
     head = Product(weight, bias, columns, stages.back().dim());
     eps = norm_eps;
+  }
+
+  // Products whose operands stay in the first-level cache, on every thread: no network can be faster. Returns how many
+  // multiply-accumulates they were.
+  double multiply_in_cache(int threads, int repeats) override {
+    constexpr int GROUPS = 8;
+#pragma omp parallel num_threads(threads)
+    {
+      const Vec one = Vec{} + 1;
+      auto a = array<T>(round_up(P::ROWS, 16) * P::row_size(GROUPS));
+      for (int r = 0; r < P::ROWS; r++)
+        for (int k = 0; k < GROUPS; k++) P::put(P::row(a.get(), r, GROUPS) + k * P::GROUP, one, one);
+      Array<T> b(P::pack(std::vector<float>(PANEL * GROUPS * 32, 1.0f).data(), PANEL, GROUPS * 32));
+      P::begin();
+      for (int i = 0; i < repeats; i++)
+        P::multiply(a.get(), P::ROWS, b.get(), 0, 1, GROUPS, [](int, int, int, const float* out) {
+          asm volatile("" : : "r"(out) : "memory");  // the result counts as read
+        });
+      P::end();
+    }
+    return double(threads) * repeats * P::ROWS * PANEL * GROUPS * 32;
   }
 
   // Scratch memory of one call, kept for the next one.
@@ -469,6 +491,11 @@ int riformer_forward(riformer::Network* net, const float* images, float* logits,
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// Multiply-accumulates done in the first-level cache; whoever calls takes the time.
+double riformer_multiply_in_cache(riformer::Network* net, int threads, int repeats) {
+  return net->multiply_in_cache(threads, repeats);
 }
 
 void riformer_delete(riformer::Network* net) { delete net; }

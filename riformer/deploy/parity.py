@@ -1,7 +1,9 @@
 """Numeric agreement of two runnables that should compute the same logits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +19,24 @@ class ParityReport:
     num_images: int
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolutions on a GPU in float32 proper, not in TF32."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
 @torch.no_grad()
+@full_float32()
 def compare(
     reference: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
 ) -> ParityReport:
-    """Runs both on the same batches. Put models into eval mode first. Where one gives NaN, so are the differences.
+    """Runs both on the same batches, float32 without TF32. Put models into eval mode first. NaN gives NaN differences.
 
     Shape: batches of images [N, 3, H, W].
 

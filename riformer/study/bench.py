@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from riformer.atomic import write_text
 from riformer.deploy.backends import BACKENDS
 from riformer.deploy.native import supported
-from riformer.deploy.parity import compare
+from riformer.deploy.parity import compare, full_float32
 from riformer.deploy.runtime import DTYPES
 from riformer.model.fuse import deploy_form, mixing
 from riformer.model.weights import load
@@ -194,7 +194,8 @@ def measure(
     try:
         images = torch.randn(batch_size, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)).to(device)
         networks = {name: open_network(name).to(device) for name in dict.fromkeys(e.model for e in entries)}
-        expected = {name: network(images) for name, network in networks.items()}
+        with full_float32():
+            expected = {name: network(images) for name, network in networks.items()}
         runners: dict[str, Callable[[Tensor], Any]] = {}
         rows = []
         for entry in entries:

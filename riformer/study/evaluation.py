@@ -2,8 +2,6 @@
 
 import base64
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from riformer.config import DataConfig
-from riformer.deploy.parity import compare
+from riformer.deploy.parity import compare, full_float32
 from riformer.distill.teachers import Ensemble, Teacher
 from riformer.model.fuse import deploy_form
 from riformer.model.metaformer import MetaFormer
@@ -30,19 +28,7 @@ BATCH_SIZE = 64
 NUM_SAMPLES = 30
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Convolutions on a GPU in float32 proper, not in TF32."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
-
-
-@_full_float32()
+@full_float32()
 def evaluate_run(path: str | Path) -> dict[str, Any]:
     """Evaluates the best model of a run and its teacher, writes evaluation.json into the run folder and returns it.
 
@@ -108,7 +94,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
-@_full_float32()
+@full_float32()
 def evaluate_model(
     model: nn.Module, data: DataConfig, split: str = "", seed: int = 0, record: dict[str, Any] | None = None
 ) -> dict[str, Evaluation]:

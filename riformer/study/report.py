@@ -4,12 +4,9 @@ Nothing but run folders is read, and no number is typed: each is computed here f
 """
 
 import base64
-import io
 import json
 import os
-import re
 import shlex
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,18 +18,9 @@ from typing import Any
 from riformer.atomic import write_text
 from riformer.config import Recipe, to_dict
 from riformer.distill.objective import TERMS
+from riformer.study.page import ACCENT, GREY, PALETTE, drawing, environment, svg
 from riformer.train.run import Run
 
-ACCENT, GREY = "#0b5ea8", "#7d848d"
-PALETTE = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe and Ito's, for all kinds of eyes
-STYLE: dict[str, Any] = {
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#c4c8ce"),
-    **dict.fromkeys(("axes.titlecolor", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#4a5058"),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
-    **dict.fromkeys(("font.size", "axes.titlesize", "legend.fontsize"), 9),
-    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#eceef1", "axes.titlelocation": "left"},
-    **{"lines.linewidth": 2, "lines.markersize": 4, "svg.fonttype": "none", "svg.hashsalt": "riformer"},
-}
 ELSEWHERE = ("data.root", "data.num_workers")  # settings that may differ between two runs of one recipe
 
 
@@ -108,20 +96,13 @@ def write_report(runs: Sequence[Path], destination: Path) -> Path:
         ValueError: a folder holds no run, or a file of a run cannot be read.
         RuntimeError: matplotlib or jinja2 is not installed.
     """
-    try:
-        import jinja2
-        import matplotlib
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise RuntimeError("a report needs matplotlib and jinja2: pip install 'riformer[report]'") from error
+    pages = environment()
+    from matplotlib.ticker import MaxNLocator
+
     groups = _groups(_find(runs))
     main, baseline = groups[0], _baseline(groups)
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks are drawn by the browser
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+    with drawing():
         figures = {"curves": _curves(groups), "panels": _terms(main)}
-    pages = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters.update(pm=_pm, mean=fmean, collect=_collect, spread=_spread, provenance=_provenance)
     pages.filters.update(
         quote=lambda path: shlex.quote(str(path)),
@@ -131,8 +112,7 @@ def write_report(runs: Sequence[Path], destination: Path) -> Path:
     )
     runs_of = dict(groups=groups, main=main, baseline=baseline, runs=[run for group in groups for run in group.runs])
     numbers = dict(compare=_compare, confusion=_confusion(main), settings=_settings(groups), terms=TERMS, **figures)
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = pages.from_string(template).render(**runs_of, **numbers)
+    page = pages.get_template("report.html").render(**runs_of, **numbers)
     write_text(destination, page.strip().encode("utf-8", "replace").decode())  # some file names are not UTF-8
     return Path(destination)
 
@@ -279,15 +259,6 @@ def _pm(values: Sequence[float]) -> str:
     return (f"{fmean(values):.2f}" if values else "–") + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def _svg(figure: Any, name: str) -> str:
-    """The figure as an inline SVG element, with ids of its own and without outward references."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg[svg.index("<svg") :])
-    return re.sub(r'^<svg .*?viewBox="([^"]*)".*?>', r'<svg viewBox="\1">', svg, flags=re.DOTALL)
-
-
 def _curves(groups: list[Group]) -> str:
     """Validation accuracy by epoch: all of it, and its upper end enlarged."""
     from matplotlib.figure import Figure
@@ -312,7 +283,7 @@ def _curves(groups: list[Group]) -> str:
     margin = 0.05 * (max(tails) - min(tails)) or 1
     upper.set_ylim(min(tails) - margin, max(tails) + margin)
     whole.legend(loc="lower right")
-    return _svg(figure, "curves")
+    return svg(figure, "curves")
 
 
 def _terms(group: Group) -> str:
@@ -340,7 +311,7 @@ def _terms(group: Group) -> str:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
-    return _svg(figure, "terms")
+    return svg(figure, "terms")
 
 
 def _short(text: str, most: int = 40) -> str:

@@ -1,0 +1,122 @@
+"""How near to the limit does the runtime come on a GPU? Every bar for one, in one call of less than ten minutes.
+
+In bf16: RIFormer-S12 at a batch of 256 beside torch.compile(max-autotune) of the deploy form and of the collapsed form
+and beside compiled PoolFormer-S12; one image at once; M36; the pace from 224 to 512 px; batches of 8 and 32. What
+matters most comes first. Nothing new is begun after --minutes: the same command goes on with what is left. At the end
+stands which bars are met. The bars are for an NVIDIA H100.
+
+    python benchmarks/gpu.py
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from riformer.study.bench import Competitor, bench
+from riformer.study.latency import Spread
+from riformer.tables import print_bench
+
+RESULTS = Path(__file__).parent / "results" / "gpu"
+SIZES = (224, 320, 384, 512)
+
+
+class Question(NamedTuple):
+    """One comparison, in a file of its own."""
+
+    name: str
+    entries: list[Competitor]
+    batch_size: int
+    img_sizes: tuple[int, ...] = (224,)
+
+
+def bf16(model: str, backend: str) -> Competitor:
+    return Competitor(model, backend, "bf16")
+
+
+PLAIN, OURS, M36 = bf16("riformer_s12", "compile"), bf16("riformer_s12", "ours"), bf16("riformer_m36", "ours")
+COLLAPSED, POOLFORMER = bf16("riformer_s12", "compile-collapsed"), bf16("riformer_s12:mixer=pooling", "compile")
+QUESTIONS = (
+    Question("s12", [PLAIN, COLLAPSED, POOLFORMER, bf16("riformer_s12", "eager"), OURS], 256),
+    Question("s12_one_image", [PLAIN, OURS], 1),
+    Question("m36", [bf16("riformer_m36", "compile"), M36], 256),
+    Question("resolution", [OURS], 64, SIZES),
+    Question("s12_8_images", [PLAIN, OURS], 8),
+    Question("s12_32_images", [PLAIN, OURS], 32),
+)
+SMOKE = (
+    Question("s12", [bf16("riformer_micro", "eager"), bf16("riformer_micro", "ours")], 2, (32,)),
+    Question("resolution", [bf16("riformer_micro", "ours")], 2, (32, 48)),
+)
+
+
+def rates(folder: Path, name: str, entry: Competitor, img_size: int = 224) -> list[float] | None:
+    """Images per second by round, or None if that has not been measured."""
+    file = folder / f"{name}.json"
+    groups = json.loads(file.read_text())["groups"] if file.exists() else []
+    rows = [row for group in groups if group["img_size"] == img_size for row in group["rows"]]
+    found = [row["rates"] for row in rows if Competitor(row["model"], row["backend"], row["precision"]) == entry]
+    return found[0] if found else None
+
+
+def bars(folder: Path) -> list[tuple[str, float | None, float, bool]]:
+    """What is asked, what was measured, the bar, and whether more is better."""
+
+    def median(name: str, entry: Competitor, beside: Competitor | None = None, img_size: int = 224) -> float | None:
+        own, other = (rates(folder, name, e, img_size) if e else None for e in (entry, beside))
+        if own is None or (beside and other is None):
+            return None
+        return Spread.of([a / b for a, b in zip(own, other, strict=True)] if other else own).median
+
+    one = median("s12_one_image", OURS)
+    paces = [found * size**2 for size in SIZES if (found := median("resolution", OURS, img_size=size))]
+    spread = max(paces) / min(paces) - 1 if len(paces) == len(SIZES) else None
+    return [
+        ("S12, batch 256, images/s", median("s12", OURS), 100_000, True),
+        ("S12, batch 256, times the compiled deploy form", median("s12", OURS, PLAIN), 2.0, True),
+        ("S12, batch 256, times compiled PoolFormer-S12", median("s12", OURS, POOLFORMER), 2.5, True),
+        ("M36, batch 256, images/s", median("m36", M36), 25_000, True),
+        ("S12, one image, microseconds", 1e6 / one if one else None, 120, False),
+        ("S12, spread of pixels/s from 224 to 512 px, %", None if spread is None else 100 * spread, 15, False),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each competitor")
+    parser.add_argument("--minutes", type=float, default=7, help="begin nothing new after that")
+    parser.add_argument("--smoke", action="store_true", help="a small network once, on the CPU if need be")
+    options = parser.parse_args()
+    if not (options.smoke or torch.cuda.is_available()):
+        parser.error("no GPU here; --smoke shows on the CPU that everything runs")
+    console, began, left = Console(), time.monotonic(), []
+    for name, entries, batch_size, img_sizes in SMOKE if options.smoke else QUESTIONS:
+        file = options.out / f"{name}.json"
+        for img_size in img_sizes:
+            if time.monotonic() - began > 60 * options.minutes:
+                left.append(f"{name} at {img_size} px")
+                continue
+            status = partial(console.log, name, highlight=False)
+            bench(entries, [batch_size], [img_size], [1], file, options.rounds, status=status)
+        if file.exists():
+            print_bench(json.loads(file.read_text()), console)
+    numbers = [Column(header, justify="right") for header in ("measured", "bar", "")]
+    table = Table("", *numbers, box=SIMPLE_HEAD)
+    for text, value, bar, more in bars(options.out):
+        met = "" if value is None else "met" if (value >= bar if more else value <= bar) else "NOT met"
+        table.add_row(text, "–" if value is None else f"{value:,.4g}", f"{'≥' if more else '≤'} {bar:,g}", met)
+    console.print(table)
+    if left:
+        console.print(f"left for the next call: {', '.join(left)}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
