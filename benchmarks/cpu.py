@@ -6,18 +6,16 @@ one interleaved comparison, see README.md beside this file. Goes on where it was
     python benchmarks/cpu.py
 """
 
-import argparse
 import json
 from functools import partial
 from itertools import product
-from pathlib import Path
 
+from common import RESULTS, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench
 from riformer.tables import print_bench
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("riformer_s12", "riformer_m36")
 ENGINES = {
     **{"eager": ("fp32", "bf16"), "compile": ("bf16",), "compile-collapsed": ("bf16",), "onnxruntime": ("fp32",)},
@@ -26,20 +24,17 @@ ENGINES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
-    parser.add_argument("--smoke", action="store_true", help="a small network once, to see that everything runs")
-    options = parser.parse_args()
+    given = options(__doc__, RESULTS, rounds=7).parse_args()
     console = Console()
-    engines = [name for name in ENGINES if not (options.smoke and name.startswith("compile"))]
-    models, batch_sizes, img_size = (MODELS, (1, 8, 32), 224) if not options.smoke else (("riformer_micro",), (2,), 32)
-    files = {model: options.out / f"cpu_{model}.json" for model in models}
-    for threads, (model, file), batch_size in product((1, 2), files.items(), batch_sizes):
+    engines = [name for name in ENGINES if not (given.smoke and name.startswith("compile"))]
+    models, batch_sizes, img_size = (MODELS, (1, 8, 32), 224) if not given.smoke else (("riformer_micro",), (2,), 32)
+    files = {model: given.out / f"cpu_{model}.json" for model in models}
+    for batch_size, threads, (model, file) in product(batch_sizes, (1, 2), files.items()):
         entries = [Competitor(model, name, precision) for name in engines for precision in ENGINES[name]]
         status = partial(console.log, model, highlight=False)
         memory = threads == 1 and batch_size == 8
-        bench(entries, [batch_size], [img_size], [threads], file, options.rounds, memory=memory, status=status)
+        where = ([batch_size], [img_size], [threads], file)
+        bench(entries, *where, given.rounds, turn_seconds(given.smoke), memory, status)
     for file in files.values():
         print_bench(json.loads(file.read_text()), console)
 

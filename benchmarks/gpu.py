@@ -8,7 +8,6 @@ stands which bars are met. The bars are for an NVIDIA H100.
     python benchmarks/gpu.py
 """
 
-import argparse
 import json
 import time
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import RESULTS, options, turn_seconds
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
@@ -24,7 +24,6 @@ from riformer.study.bench import Competitor, bench
 from riformer.study.latency import Spread
 from riformer.tables import print_bench
 
-RESULTS = Path(__file__).parent / "results" / "gpu"
 SIZES = (224, 320, 384, 512)
 
 
@@ -89,28 +88,25 @@ def bars(folder: Path) -> list[tuple[str, float | None, float, bool]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each competitor")
+    parser = options(__doc__, RESULTS / "gpu")
     parser.add_argument("--minutes", type=float, default=7, help="begin nothing new after that")
-    parser.add_argument("--smoke", action="store_true", help="a small network once, on the CPU if need be")
-    options = parser.parse_args()
-    if not (options.smoke or torch.cuda.is_available()):
+    given = parser.parse_args()
+    if not (given.smoke or torch.cuda.is_available()):
         parser.error("no GPU here; --smoke shows on the CPU that everything runs")
     console, began, left = Console(), time.monotonic(), []
-    for name, entries, batch_size, img_sizes in SMOKE if options.smoke else QUESTIONS:
-        file = options.out / f"{name}.json"
+    for name, entries, batch_size, img_sizes in SMOKE if given.smoke else QUESTIONS:
+        file = given.out / f"{name}.json"
         for img_size in img_sizes:
-            if time.monotonic() - began > 60 * options.minutes:
+            if time.monotonic() - began > 60 * given.minutes:
                 left.append(f"{name} at {img_size} px")
                 continue
             status = partial(console.log, name, highlight=False)
-            bench(entries, [batch_size], [img_size], [1], file, options.rounds, status=status)
+            bench(entries, [batch_size], [img_size], [1], file, given.rounds, turn_seconds(given.smoke), status=status)
         if file.exists():
             print_bench(json.loads(file.read_text()), console)
     numbers = [Column(header, justify="right") for header in ("measured", "bar", "")]
     table = Table("", *numbers, box=SIMPLE_HEAD)
-    for text, value, bar, more in bars(options.out):
+    for text, value, bar, more in bars(given.out):
         met = "" if value is None else "met" if (value >= bar if more else value <= bar) else "NOT met"
         table.add_row(text, "–" if value is None else f"{value:,.4g}", f"{'≥' if more else '≤'} {bar:,g}", met)
     console.print(table)

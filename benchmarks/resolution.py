@@ -3,33 +3,28 @@
 python benchmarks/resolution.py
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
+from common import RESULTS, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench
 from riformer.tables import print_bench
 
-RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 64 if torch.cuda.is_available() else 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "resolution.json", help="result file")
+    parser = options(__doc__, RESULTS / "resolution.json")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images at once")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each competitor")
-    parser.add_argument("--smoke", action="store_true", help="a small network once, to see that everything runs")
-    options = parser.parse_args()
-    model, sizes = ("riformer_s12", (224, 320, 384, 512)) if not options.smoke else ("riformer_micro", (32, 48))
+    given = parser.parse_args()
+    model, sizes = ("riformer_s12", (224, 320, 384, 512)) if not given.smoke else ("riformer_micro", (32, 48))
     entries = [Competitor(model, "ours", precision) for precision in ("fp32", "bf16")]
     console = Console()
     status = partial(console.log, highlight=False)
-    where = ([options.batch_size], sizes, [1], options.out)
-    result = bench(entries, *where, options.rounds, memory=False, status=status)
+    where = ([given.batch_size], sizes, [1], given.out)
+    result = bench(entries, *where, given.rounds, turn_seconds(given.smoke), memory=False, status=status)
     print_bench(result, console)
     for i, entry in enumerate(entries):
         pace = [g["rows"][i]["images_per_s"]["median"] * g["img_size"] ** 2 for g in result["groups"]]

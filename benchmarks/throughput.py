@@ -7,40 +7,35 @@ RIFormers also on their own runtime. `riformer report` renders the result beside
     riformer report benchmarks/results/throughput.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
+from common import RESULTS, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench
 from riformer.tables import print_bench
 
-RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 256 if torch.cuda.is_available() else 8
 SIZES = ("s12", "s24", "s36", "m36", "m48")
 PEERS = ("resnet50", "deit_small_patch16_224", "deit_base_patch16_224", "convnext_tiny", "gfnet_h_b")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json", help="result file")
+    parser = options(__doc__, RESULTS / "throughput.json", rounds=7)
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images at once")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
-    parser.add_argument("--smoke", action="store_true", help="two small networks once, to see that everything runs")
-    options = parser.parse_args()
+    given = parser.parse_args()
     engine = "compile" if torch.cuda.is_available() else "openvino"
-    sizes, peers, pixels = (SIZES, PEERS, 224) if not options.smoke else (("micro",), ("resnet10t",), 32)
+    sizes, peers, pixels = (SIZES, PEERS, 224) if not given.smoke else (("micro",), ("resnet10t",), 32)
     entries = [Competitor(f"riformer_{size}:mixer=pooling", engine, "bf16") for size in sizes]
     entries += [Competitor(name, engine, "bf16") for name in peers]
     entries += [Competitor(f"riformer_{size}", engine, "bf16") for size in sizes]
     entries += [Competitor(f"riformer_{size}", "ours", "bf16") for size in sizes]
     console = Console()
     status = partial(console.log, highlight=False)
-    where = ([options.batch_size], [pixels], [options.threads], options.out)
-    print_bench(bench(entries, *where, options.rounds, memory=False, status=status), console)
+    where = ([given.batch_size], [pixels], [given.threads], given.out)
+    print_bench(bench(entries, *where, given.rounds, turn_seconds(given.smoke), memory=False, status=status), console)
 
 
 if __name__ == "__main__":

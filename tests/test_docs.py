@@ -1,6 +1,5 @@
 """What the README promises runs as written; README, Makefile and docs name things that exist."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 import riformer_cli
 from riformer.recipes import RECIPES
@@ -26,7 +26,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 def test_the_readme_has_the_blocks_that_these_tests_run():
     assert len(PYTHON) == 2
     assert [line.split("#")[0].strip() for line in SHELL[:2]] == ["make quickstart", "make test"]
-    assert len(SHELL) == 7
+    assert len(SHELL) == 10
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=["python", "backbone"])
@@ -47,9 +47,13 @@ SMALL = "--optim.epochs 1 --teacher.epochs 1 --optim.warmup-epochs 0 --model.nam
 
 
 def shrunk(command: str, more: str = "") -> list[str]:
-    """The arguments of a command of the README or the Makefile, its trainings small enough for a test."""
+    """The arguments of a command of the README or the Makefile, small enough for a test."""
+    for network, smaller in (("riformer_s12", "riformer_micro"), ("vit_base_patch16_224", "vit_tiny_patch16_224")):
+        command = command.replace(network, smaller)
     arguments = shlex.split(command, comments=True)[1:]
-    return arguments + (f"{SMALL} {more}".split() if arguments[0] in ("train", "ladder") else [])
+    smaller = {"train": f"{SMALL} {more}", "bench": "--img_sizes [32] --batch_sizes [2] --rounds 3 --seconds 0.001"}
+    smaller |= {"ladder": smaller["train"], "profile": "--batch_size 1 --rounds 3"}
+    return arguments + smaller.get(arguments[0], "").split()
 
 
 def run_all(commands: list[list[str]], cwd: Path) -> None:
@@ -83,6 +87,8 @@ def test_the_commands_for_own_images_run(tmp_path, image_folder):
     run_all([shrunk(command, more) for command in commands], tmp_path)
     assert (tmp_path / "runs/mine/report.html").is_file()
     assert (tmp_path / "my-model/README.md").is_file()
+    assert (tmp_path / "speed.html").is_file()
+    assert (tmp_path / "profile/profile.svg").is_file()
 
 
 def test_docs_name_files_verbs_and_recipes_that_exist():
@@ -123,8 +129,15 @@ def test_links_of_the_readme_lead_somewhere():
     ],
 )
 def test_a_documented_table_is_the_recorded_one(name, script, page):
-    spec = importlib.util.spec_from_file_location(name, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (ROOT / page).read_text(), re.DOTALL)[1]
     assert shown == module.table(json.loads(module.RESULTS.read_text()))
+
+
+def test_the_speeds_in_the_docs_are_the_recorded_ones():
+    shown = 0
+    for page, texts in load_script("benchmarks/show.py").blocks().items():
+        for name, text in texts.items():
+            assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page.read_text()
+            shown += 1
+    assert shown == 6

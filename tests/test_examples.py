@@ -1,25 +1,21 @@
 """The scripts in examples/ do what they say."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, load_script
 from timm.utils import reparameterize_model
 
 from riformer.model.mixers import Affine, Identity
 
-PATH = Path(__file__).parents[1] / "examples" / "detection.py"
+PATH = ROOT / "examples" / "detection.py"
 
 
 @pytest.fixture(scope="module")
 def detection():
-    spec = importlib.util.spec_from_file_location("detection", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/detection.py")
 
 
 def test_detection_learns_and_detects_the_same_when_fused(detection, monkeypatch, capsys):

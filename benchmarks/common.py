@@ -1,0 +1,20 @@
+"""What the scripts beside this file share: their options."""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def options(description: str | None, out: Path, rounds: int = 9) -> ArgumentParser:
+    """A parser with --out, --rounds and --smoke."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help=f"{'file' if out.suffix else 'folder'} of the results")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each competitor")
+    parser.add_argument("--smoke", action="store_true", help="a small network once, to see that everything runs")
+    return parser
+
+
+def turn_seconds(smoke: bool) -> float:
+    """How long a competitor's turn lasts at least."""
+    return 0.01 if smoke else 0.2
