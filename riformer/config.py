@@ -3,16 +3,20 @@
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+WITH_ROOT = ("fashion-mnist", "cifar10", "cifar100", "glyphs")
+"""Data sets that lie in a folder which `data.root` may name."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they become tensors."""
 
     name: str = "digits"
-    """data set: digits (built in), fashion-mnist, or folder:PATH (PATH/train and PATH/val, or one flat folder of
-    class folders that is split here)"""
+    """data set: digits (built in), fashion-mnist, cifar10, cifar100, glyphs, or folder:PATH (PATH/train and PATH/val,
+    or one flat folder of class folders that is split here)"""
     root: str = ""
-    """where fashion-mnist lies or is downloaded to; empty looks in the system's folder and then in ~/.cache/riformer"""
+    """folder where fashion-mnist, cifar10, cifar100 or glyphs lies, or is downloaded to; empty: ~/.cache/riformer, and
+    before that the system's folder of fashion-mnist"""
     img_size: int = 224
     """height and width of the network's input, pixels"""
     crop_pct: float = 0.9
@@ -33,6 +37,9 @@ class DataConfig:
 class AugmentConfig:
     """What is drawn anew each time a training image is seen."""
 
+    policy: Literal["timm", "warp"] = "timm"
+    """timm: the settings below, image by image; warp, instead of them: whole batches on the training device, for glyphs
+    and other small grey images (random scale, rotation, shear, shift, contrast, inversion, noise)"""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """smallest and largest share of the image's area in a random crop"""
     hflip: float = 0.5
@@ -48,15 +55,20 @@ class AugmentConfig:
     cutmix: float = 1.0
     """alpha of cutmix; 0 for none"""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return self.policy == "timm" and bool(self.mixup or self.cutmix)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network that is trained: a registered name, and arguments that differ from the name's own."""
 
     name: str = "riformer_s12"
-    """model name, see `riformer list`, or any of timm's; the next six settings are riformer_*'s"""
-    mixer: str = "affine"
-    """token mixer, see `riformer list`; affine is RIFormer's training form"""
+    """model name, see `riformer list`, or any of timm's; the next seven settings are riformer_*'s"""
+    mixer: str | tuple[str, ...] = "affine"
+    """token mixer, see `riformer list`, or a list of one a stage or one a block; affine is RIFormer's training form"""
     depths: tuple[int, ...] | None = None
     """blocks in each stage; null keeps the name's own"""
     dims: tuple[int, ...] | None = None
@@ -65,6 +77,8 @@ class ModelConfig:
     """kernel of the first convolution, pixels; null keeps the name's own"""
     stem_stride: int | None = None
     """stride of the first convolution, pixels; null keeps the name's own"""
+    down_patch: int | None = None
+    """kernel of the convolutions between stages, tokens, their stride being 2; null keeps the name's own"""
     layer_scale_init: float | None = None
     """first value of the layer scales; null keeps the name's own"""
     drop_path_rate: float = 0.0
@@ -110,6 +124,9 @@ class DistillConfig:
     """torch.compile the teachers"""
     start_from_teacher: bool = False
     """start from the module teacher's weights, all but its mixers"""
+    fit_affine_batches: int = 0
+    """training batches on which the affines are fitted to the module teacher's mixers by least squares before the first
+    step; 0 starts them at s = 1, t = 0"""
     label_weight: float = 1.0
     """weight of the cross-entropy to the label"""
     hard_weight: float = 0.0
@@ -188,6 +205,8 @@ class OptimConfig:
     none"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """fp32, or bf16 autocast"""
+    channels_last: bool = False
+    """keep maps with their channels innermost in memory, in which convolutions are often faster"""
     compile: bool = False
     """torch.compile the student"""
 
@@ -266,7 +285,7 @@ def check(recipe: Recipe) -> None:
         (recipe.teacher, {"epochs": count, "lr": positive}),
         (distill, {**{f"{name}_weight": any_count for name in distill.weights}, "temperature": positive}),
         (distill, {"relation_tokens": count, "phase": (1e-6, 1.0), "teacher_img_size": any_count}),
-        (distill, {"cache_augmentations": any_count, "cache_top_k": any_count}),
+        (distill, {"cache_augmentations": any_count, "cache_top_k": any_count, "fit_affine_batches": any_count}),
         (optim, {"lr": positive, "min_lr": (0, optim.lr), "weight_decay": any_count, "epochs": count}),
         (optim, {"warmup_epochs": any_count, "batch_size": count, "accumulation": count, "clip_grad": any_count}),
         (optim, {"label_smoothing": (0.0, 1 - 1e-6), "ema_decay": (0.0, 1 - 1e-6)}),
@@ -292,18 +311,21 @@ def check(recipe: Recipe) -> None:
         f"there are {len(teachers)} logit teachers",
     )
     refuse(distill, "logit_teacher_weights", any(share <= 0 for share in shares), "shares must be positive")
-    takes = imitation or distill.start_from_teacher
-    refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
+    takes = imitation or distill.start_from_teacher or distill.fit_affine_batches
+    why = "imitation, the start or the fit needs one"
+    refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, why)
     refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
     overwritten = bool(recipe.model.start) and distill.start_from_teacher
     refuse(recipe.model, "start", overwritten, "distill.start_from_teacher would overwrite it; set one of the two")
+    without = "affine" not in recipe.model.mixer
+    refuse(distill, "fit_affine_batches", bool(distill.fit_affine_batches) and without, "model.mixer has no affine")
 
     # kept teacher outputs
     keeps, always = distill.cache_augmentations > 0, distill.schedule != "first_phase" or distill.phase == 1
     refuse(
         distill,
         "cache_augmentations",
-        keeps and bool(augment.mixup or augment.cutmix),
+        keeps and augment.mixes,
         "mixup and cutmix mix an image with others of its batch: set augment.mixup and augment.cutmix to 0",
     )
     refuse(
@@ -326,7 +348,7 @@ def check(recipe: Recipe) -> None:
         refuse(section, name, changed and not unless, f"has no effect: {why}")
 
     foreign = not recipe.model.name.startswith("riformer_")
-    for name in ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init"):
+    for name in ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init"):
         idle(recipe.model, name, not foreign, f"{recipe.model.name} is no riformer_*; use model.args")
     idle(recipe.teacher, "args", recipe.teacher.name, "teacher.name is empty")
     for name in ("teacher_img_size", "compile_teachers"):
@@ -339,12 +361,14 @@ def check(recipe: Recipe) -> None:
     idle(distill, "positions", imitation, "the imitation weights are 0")
     idle(distill, "schedule", imitation, "the imitation weights are 0")
     idle(distill, "phase", distill.schedule == "first_phase", "schedule is not first_phase")
-    idle(data, "root", data.name == "fashion-mnist", "only fashion-mnist has one")
+    idle(data, "root", data.name in WITH_ROOT, f"only {', '.join(WITH_ROOT)} have one")
+    for f in fields(augment):
+        idle(augment, f.name, f.name == "policy" or augment.policy == "timm", "augment.policy is warp")
 
     # what must agree
     if optim.batch_size % max(1, optim.accumulation):
         problems.append(f"optim.batch_size {optim.batch_size} does not divide by accumulation {optim.accumulation}")
-    elif (augment.mixup or augment.cutmix) and optim.batch_size // optim.accumulation % 2:
+    elif augment.mixes and optim.batch_size // optim.accumulation % 2:
         problems.append(f"mixup and cutmix need even batches, not {optim.batch_size // optim.accumulation}")
     refuse(optim, "warmup_epochs", optim.warmup_epochs >= optim.epochs, f"must be below the {optim.epochs} epochs")
     if problems:

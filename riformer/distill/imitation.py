@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from riformer.distill import losses
 from riformer.distill.taps import tap, unwrapped
 from riformer.distill.teachers import Teacher
+from riformer.model.mixers import Affine
 
 TERMS = ("block", "mixer", "relation")
 
@@ -234,6 +235,43 @@ class Imitation:
                 how += [f"{_by(grid)} and {_by(their_grid)} tokens pooled to {_by(map(min, grid, their_grid))}"]
             lines.append(f"{ours} imitates {theirs}" + (f" ({'; '.join(how)})" if how else ""))
         return lines
+
+
+@torch.no_grad()
+def fit_affines(student: nn.Module, teacher: Teacher, batches: Iterable[Tensor]) -> None:
+    """Gives each affine of the student the s and t that are nearest to its teacher's mixer, in place.
+
+    Least squares over all images and tokens, channel by channel: `(s - 1) y + t` for what the mixer in the block of the
+    same place makes of the norm's output y. Both are networks of one size.
+
+    Choice: not in the paper, whose affines start at s = 1, t = 0.
+
+    Shape: each batch [N, 3, H, W].
+
+    Raises:
+        ValueError: the teacher has no block of that name, or its norm has another width.
+    """
+    affines = {
+        name.removesuffix(".token_mixer"): module
+        for name, module in unwrapped(student).named_modules()
+        if isinstance(module, Affine)
+    }
+    sums = {name: torch.zeros(5, len(affine.weight), dtype=torch.float64) for name, affine in affines.items()}
+    names = [f"{block}.{part}" for block in affines for part in ("norm1", "token_mixer")]
+    with tap(teacher.model, names) as outputs:
+        for images in batches:
+            teacher(images)
+            for block, total in sums.items():
+                y, mixed = (outputs[f"{block}.{part}"].double() for part in ("norm1", "token_mixer"))
+                if y.shape[1] != total.shape[1]:
+                    raise ValueError(f"{block} has {total.shape[1]} channels, but the module teacher's {y.shape[1]}")
+                moments = (torch.ones_like(y), y, mixed, y * y, y * mixed)
+                total += torch.stack([moment.sum((0, 2, 3)) for moment in moments]).cpu()
+    for block, affine in affines.items():
+        count, y, mixed, square, product = sums[block]
+        slope = (product - y * mixed / count) / (square - y * y / count).clamp(min=1e-12 * count)
+        affine.weight.copy_(1 + slope)
+        affine.bias.copy_((mixed - slope * y) / count)
 
 
 def _pooled(x: Tensor, grid: list[int]) -> Tensor:

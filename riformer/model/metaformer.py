@@ -135,17 +135,19 @@ class MetaFormer(nn.Module):
     Args:
         depths: blocks in each stage.
         dims: channels in each stage.
-        mixer: a name from `MIXERS` for every block, or one name a stage.
+        mixer: a name from `MIXERS` for every block, or one name a stage, or one name a block.
         in_chans: channels of the input image.
         num_classes: outputs of the classifier; 0 returns pooled features.
         global_pool: pooling in the head; "" keeps the map.
         stem_patch: kernel of the first convolution, pixels.
         stem_stride: stride of the first convolution, pixels.
+        down_patch: kernel of the convolutions between stages, tokens; their stride is 2.
         mlp_ratio: hidden width of the MLP over its input width.
         layer_scale_init: first value of the layer scales; 0 builds none (the folded form).
         img_size: input height and width, pixels; matters only to mixers bound to a token grid.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        init_std: standard deviation of the first weights of convolutions and classifier.
 
     Shape: [N, in_chans, H, W] -> [N, num_classes].
 
@@ -163,17 +165,24 @@ class MetaFormer(nn.Module):
         global_pool: str = "avg",
         stem_patch: int = 7,
         stem_stride: int = 4,
+        down_patch: int = 3,
         mlp_ratio: float = 4.0,
         layer_scale_init: float = 1e-5,
         img_size: int | tuple[int, int] = 224,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        init_std: float = 0.02,
     ):
         super().__init__()
-        mixers = [mixer] * len(depths) if isinstance(mixer, str) else list(mixer)
-        if not len(depths) == len(dims) == len(mixers):
-            raise ValueError(f"depths {depths}, dims {dims} and mixers {mixers} must name the same number of stages")
-        for name in mixers:
+        names = [mixer] * len(depths) if isinstance(mixer, str) else list(mixer)
+        if len(depths) != len(dims) or len(names) not in (len(depths), sum(depths)):
+            raise ValueError(
+                f"depths {depths} and dims {dims} must name the same number of stages, and mixer {mixer} as many, or "
+                f"one a block"
+            )
+        if len(names) == len(depths):
+            names = [name for name, depth in zip(names, depths, strict=True) for _ in range(depth)]
+        for name in names:
             if name not in MIXERS:
                 near = get_close_matches(name, MIXERS) or sorted(MIXERS)
                 raise ValueError(f"mixer {name!r} is unknown; did you mean one of {near}?")
@@ -188,21 +197,26 @@ class MetaFormer(nn.Module):
 
         stages = []
         for i, dim in enumerate(dims):
-            downsample = ConvEmbed(dims[i - 1], dim, patch=3, stride=2) if i else nn.Identity()
+            downsample = ConvEmbed(dims[i - 1], dim, down_patch, stride=2) if i else nn.Identity()
             grid = conv_size(grid, downsample.conv) if i else grid
-            blocks = [Block(dim, grid, mixers[i], mlp_ratio, layer_scale_init, rate) for rate in drop_paths[i]]
+            mixers = names[sum(depths[:i]) : sum(depths[: i + 1])]
+            blocks = [
+                Block(dim, grid, name, mlp_ratio, layer_scale_init, rate)
+                for name, rate in zip(mixers, drop_paths[i], strict=True)
+            ]
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.head = Head(dims[-1], num_classes, global_pool, drop_rate)
-        self.apply(_init_weights)
+        self.init_std = init_std
+        self.apply(self._init_weights)
 
     @property
     @jit.unused
     def mixers(self) -> list[str]:
-        """The token mixer of each stage, by its name in `MIXERS`, as the blocks are now: fusing changes it."""
+        """The token mixer of each block, by its name in `MIXERS`, as the blocks are now: fusing changes it."""
         names: dict[type, str] = {mixer: name for name, mixer in MIXERS.items()}
-        return [names[type(stage.get_submodule("blocks.0").token_mixer)] for stage in self.stages]
+        return [names[type(block.token_mixer)] for stage in self.stages for block in cast(Stage, stage).blocks]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -267,10 +281,16 @@ class MetaFormer(nn.Module):
         if num_classes > 0:
             like = self.stem.conv.weight
             self.head.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            _init_weights(self.head.fc)
+            self._init_weights(self.head.fc)
         else:
             self.head.fc = nn.Identity()
         self.head.train(self.head.training)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            trunc_normal_(module.weight, std=self.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
@@ -301,10 +321,3 @@ def conv_size(size: tuple[int, int], conv: nn.Conv2d) -> tuple[int, int]:
     """Height and width of the convolution's output map."""
     kernel, stride, pad = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     return (size[0] + 2 * pad - kernel) // stride + 1, (size[1] + 2 * pad - kernel) // stride + 1
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

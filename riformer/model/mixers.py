@@ -48,6 +48,23 @@ class Identity(nn.Module):
         return y
 
 
+class Nothing(nn.Module):
+    """The branch deleted: an affine that stays at s = 1, t = 0. A control beside Identity, whose branch adds the norm.
+
+    Shape: [N, C, H, W] -> zeros [N, C, H, W].
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+
+    def forward(self, y: Tensor) -> Tensor:
+        return 0 * y  # keeps the norm in the graph, as torchrun's processes want it
+
+    def fold_into(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the norm that equals this mixer after `norm`: zeros."""
+        return torch.zeros_like(norm.weight), torch.zeros_like(norm.bias)
+
+
 class Pooling(nn.Module):
     """PoolFormer's mixer: `avgpool3x3(y) - y`, stride 1, padding not counted.
 
@@ -180,6 +197,7 @@ class SeparableConv(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {
     "affine": Affine,
     "identity": Identity,
+    "nothing": Nothing,
     "pooling": Pooling,
     "attention": Attention,
     "global_filter": GlobalFilter,

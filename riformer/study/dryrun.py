@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -35,6 +36,12 @@ from riformer.train.run import Run, cpu_name
 
 NUM_TIMED = 2  # steps, after one that warms up
 CPU_PIXELS = 16 * 224 * 224  # most pixels that a processor is given at once: a step then takes seconds
+IN_MEMORY = {
+    "fashion-mnist": (FASHION_CLASSES, 55_000),
+    "cifar10": (tuple(map(str, range(10))), 45_834),
+    "cifar100": (tuple(map(str, range(100))), 45_834),
+}
+"""Classes and training images of data sets that need not be there."""
 RUN = Run(os.devnull)  # stands for the folder in which a training would have its own teacher
 
 
@@ -216,8 +223,8 @@ def count_data(recipe: Recipe) -> tuple[Dataset, str]:
         train = found["train"] if "val" in found else hold_out(found["train"], config.val_fraction, recipe.seed)[0]
         classes, num_images = tuple(train), sum(map(len, train.values()))
         note = f"counted the {num_images:,} training images in {path} by their names; not one was read"
-    elif config.name == "fashion-mnist":
-        classes, num_images, note = FASHION_CLASSES, 55_000, ""
+    elif config.name in IN_MEMORY:
+        classes, num_images, note = *IN_MEMORY[config.name], ""
     elif not config.name or config.name.startswith("folder:"):
         classes, num_images = tuple(map(str, range(1000))), 1_281_167
         note = (
@@ -225,7 +232,8 @@ def count_data(recipe: Recipe) -> tuple[Dataset, str]:
         )
     else:
         return open_dataset(config, recipe.seed), ""
-    return Dataset(config.name, classes, {"train": ImageList([""] * num_images, [0] * num_images, Path(), "")}), note
+    source = np.empty((0, 1, 1), np.uint8) if config.name in IN_MEMORY else Path()
+    return Dataset(config.name, classes, {"train": ImageList([""] * num_images, [0] * num_images, source, "")}), note
 
 
 def _opener(recipe: Recipe, data: Dataset, notes: list[str]) -> Callable[[str, int], nn.Module]:

@@ -1,12 +1,14 @@
 """Images of a split -> batches that are pure functions of (seed, epoch, step), on any number of processes.
 
-Every draw has a seed of its own, and the global generators are restored after it.
+Every draw has a seed of its own, and the global generators are restored after it; `augment.policy` warp draws from no
+generator.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from riformer.config import AugmentConfig, DataConfig
 from riformer.train.data import ImageList
+from riformer.train.warp import GOLDEN, warp
 
 
 @contextmanager
@@ -111,8 +114,9 @@ class _TrainParts:
         self.images = images
         self.num_classes = num_classes
         self.transform = train_transform(data, augment)
+        self.warps = augment.policy == "warp"
         self.mixup = None
-        if augment.mixup or augment.cutmix:
+        if augment.mixes:
             self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
         self.seed = seed
         self.rank = rank
@@ -121,6 +125,9 @@ class _TrainParts:
     def __getitem__(self, key: tuple[int, int, int, list[int]]) -> TrainPart:
         epoch, step, part, indices = key
         labels = torch.tensor([self.images.labels[index] for index in indices])
+        if self.warps:
+            targets = F.one_hot(labels, self.num_classes).float()
+            return torch.from_numpy(self.images.source[indices]), targets, torch.tensor(indices)
         with seeded(self.seed, epoch):  # restores once, and each draw below has its own seed
             images = torch.stack([self.augmented(epoch, index) for index in indices])
             if self.mixup is None:
@@ -144,8 +151,10 @@ class TrainBatches:
     Images are augmented anew in every epoch; with `num_augmentations` above 0 they have so many augmentations, of which
     epoch e takes number e mod `num_augmentations`. The order is a new one in every epoch all the same.
 
+    With the policy warp, whole parts are augmented on `device`, where they then are.
+
     Raises:
-        ValueError: the batch cannot be divided, or there are fewer images than one batch.
+        ValueError: the batch cannot be divided, there are fewer images than one batch, or they cannot be warped.
     """
 
     def __init__(
@@ -160,7 +169,10 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         num_augmentations: int = 0,
+        device: torch.device | str = "cpu",
     ):
+        if augment.policy == "warp" and (isinstance(images.source, Path) or images.source.ndim != 3):
+            raise ValueError("--augment.policy warp is for grey images in memory: digits, fashion-mnist, glyphs")
         if batch_size % (world_size * accumulation):
             raise ValueError(
                 f"--optim.batch-size {batch_size} does not divide by {world_size} processes x {accumulation} parts"
@@ -168,10 +180,12 @@ class TrainBatches:
         if len(images) < batch_size:
             raise ValueError(f"--optim.batch-size {batch_size} is more than the {len(images)} training images")
         self.part_size = batch_size // (world_size * accumulation)
-        if (augment.mixup or augment.cutmix) and self.part_size % 2:
+        if augment.mixes and self.part_size % 2:
             raise ValueError(
                 f"mixup and cutmix pair images, but --optim.batch-size {batch_size} makes parts of {self.part_size}"
             )
+        self.data, self.augment, self.device = data, augment, device
+        self.num_augmentations = num_augmentations
         self.num_images = len(images)
         self.num_workers = data.num_workers
         self.seed = seed
@@ -199,7 +213,7 @@ class TrainBatches:
                 keys.append((epoch, step, part, order[start : start + self.part_size]))
         loaded = iter(_load(self.parts, keys, self.num_workers))
         for _ in range(start_step, self.steps_per_epoch):
-            yield [next(loaded) for _ in range(self.accumulation)]
+            yield [self._finished(epoch, next(loaded)) for _ in range(self.accumulation)]
 
     def left_out(self, epoch: int) -> Iterable[TrainPart]:
         """This process's share of the images that fill no batch of an epoch, in parts like those of `epoch`.
@@ -210,7 +224,22 @@ class TrainBatches:
         starts = range(0, len(left), self.part_size)
         parts = [left[start : start + self.part_size] for start in starts]
         full = [(part * self.part_size)[: self.part_size] for part in parts]  # a teacher's bits depend on the number
-        return _load(self.parts, [(epoch, self.steps_per_epoch, *part) for part in enumerate(full)], self.num_workers)
+        keys = [(epoch, self.steps_per_epoch, *part) for part in enumerate(full)]
+        return (self._finished(epoch, part) for part in _load(self.parts, keys, self.num_workers))
+
+    def _finished(self, epoch: int, part: TrainPart) -> TrainPart:
+        """The part, warped if that is the policy: by keys that depend on seed, epoch and index alone."""
+        if self.augment.policy != "warp":
+            return part
+        images, targets, indices = part
+        number = epoch % self.num_augmentations if self.num_augmentations else epoch
+        start = int.from_bytes(_seed_from(self.seed, number).to_bytes(8, "big"), "big", signed=True)
+        keys = (indices * GOLDEN + start).to(self.device)
+        grey = warp(images.to(self.device, non_blocking=True), keys, self.data.img_size)[:, None]
+        mean, std = (
+            torch.tensor(values, device=grey.device).view(3, 1, 1) for values in (self.data.mean, self.data.std)
+        )
+        return (grey - mean) / std, targets, indices
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(_seed_from(self.seed, epoch))

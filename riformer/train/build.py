@@ -47,7 +47,7 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
     }
     args: dict[str, Any] = {}
     if config.name.startswith("riformer_"):
-        names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "layer_scale_init")
+        names = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init")
         args |= {name: getattr(config, name) for name in names}
     args |= config.args
     try:

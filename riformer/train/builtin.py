@@ -1,18 +1,22 @@
-"""Small data sets that need no preparation, as arrays: scikit-learn's digits (shipped here) and Fashion-MNIST.
+"""Small data sets as arrays: scikit-learn's digits (shipped here), Fashion-MNIST, CIFAR, and glyphs of typefaces.
 
-Their splits are fixed: drawn by hashing, classes in proportion, the same on every machine and with every seed.
+Their splits are fixed: drawn by hashing, classes in proportion, the same on every machine and with every seed; those of
+the glyphs stand in their file.
 """
 
 import gzip
 import os
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import FashionMNIST
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from riformer.train.folders import cache_folder, hash_ranks
+from riformer.train.warp import warp
 
 DIGITS_CLASSES = tuple("0123456789")
 FASHION_CLASSES = (
@@ -25,8 +29,11 @@ FASHION_FILES = (
     *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 )
 
+GLYPHS_PX = 32
+"""Size of the fixed draws on which glyphs are validated and tested."""
+
 Arrays = tuple[list[str], list[int], np.ndarray]
-"""Names, labels and pixels (uint8, [N, height, width]) of one split."""
+"""Names, labels and pixels (uint8, [N, height, width] or [N, height, width, 3]) of one split."""
 
 
 def digits() -> dict[str, Arrays]:
@@ -47,18 +54,76 @@ def fashion_mnist(root: str = "") -> dict[str, Arrays]:
             downloaded there; or they are damaged.
     """
     folder = _fashion_folder(Path(root).expanduser() if root else None)
-    splits = {}
+    splits: dict[str, Arrays] = {}
     for part, files in (("train", FASHION_FILES[:2]), ("test", FASHION_FILES[2:])):
         pixels, labels = (_read_idx(folder / name) for name in files)
         if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or labels.max(initial=0) >= len(FASHION_CLASSES):
             raise ValueError(f"{', '.join(files)} in {folder} are not fashion-mnist's images and labels")
-        names = [f"{part}/{index:05d}" for index in range(len(labels))]
-        order = _proportional_order(names, labels.tolist())
-        num_val = len(order) // 12 if part == "train" else 0
-        splits[part] = _take(names, labels, pixels, order[num_val:])
-        if part == "train":
-            splits["val"] = _take(names, labels, pixels, order[:num_val])
+        splits |= _with_val(part, labels, pixels)
     return splits
+
+
+def cifar(name: str, root: str = "") -> tuple[tuple[str, ...], dict[str, Arrays]]:
+    """The classes, and 45,834 / 4,166 / 10,000 photographs; val is a twelfth of the original train.
+
+    Raises:
+        ValueError: the files are not in `root`, or without one in the cache folder, and cannot be downloaded there; or
+            they are damaged.
+    """
+    folder = Path(root).expanduser() if root else cache_folder()
+    splits: dict[str, Arrays] = {}
+    for part in ("train", "test"):
+        try:
+            found = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name](folder, part == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} is not in {folder} and cannot be downloaded ({error}): put its python version there, or name "
+                f"its folder with --data.root"
+            ) from error
+        splits |= _with_val(part, np.array(found.targets), found.data)
+    return tuple(found.classes), splits
+
+
+def glyphs(root: str = "") -> tuple[tuple[str, ...], dict[str, Arrays]]:
+    """The classes and splits of glyphs.npz, in which typefaces of one family are in one split.
+
+    Images of train are as in the file, to be warped (`augment.policy`); those of val and test are one fixed draw of
+    that.
+
+    Raises:
+        ValueError: there is no such file in `root`, or without one in the cache folder, or it is damaged.
+    """
+    file = (Path(root).expanduser() if root else cache_folder()) / "glyphs.npz"
+    try:
+        with np.load(file) as arrays:
+            image, label, family, split = (arrays[name] for name in ("image", "label", "family", "split"))
+            classes, families = (tuple(arrays[name].tolist()) for name in ("classes", "families"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"there is no {file}: make it with benchmarks/data/glyphs.py, or name its folder with --data.root"
+        ) from error
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is not a whole file of glyphs: {error}") from error
+    splits: dict[str, Arrays] = {}
+    for number, name in enumerate(("train", "val", "test")):
+        indices = np.flatnonzero(split == number)
+        pixels = image[indices]
+        if name != "train":
+            parts = zip(torch.from_numpy(pixels).split(256), torch.from_numpy(indices).split(256), strict=True)
+            drawn = [(255 * warp(part, keys, GLYPHS_PX)).round().byte() for part, keys in parts]
+            pixels = torch.cat(drawn).numpy() if drawn else pixels[:, :GLYPHS_PX, :GLYPHS_PX]
+        names = [f"{families[family[i]]}/{i:05d}" for i in indices]
+        splits[name] = names, label[indices].tolist(), pixels
+    return classes, splits
+
+
+def _with_val(part: str, labels: np.ndarray, pixels: np.ndarray) -> dict[str, Arrays]:
+    """A part of a data set; from train a twelfth goes to val."""
+    names = [f"{part}/{index:05d}" for index in range(len(labels))]
+    order = _proportional_order(names, labels.tolist())
+    num_val = len(order) // 12 if part == "train" else 0
+    found = {part: _take(names, labels, pixels, order[num_val:])}
+    return found | ({"val": _take(names, labels, pixels, order[:num_val])} if num_val else {})
 
 
 def _fashion_folder(root: Path | None) -> Path:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 DATASETS = {
     "digits": "1,797 handwritten digits of 8 x 8 pixels, built in",
     "fashion-mnist": "70,000 grey images of clothes, 28 x 28 pixels, from the system or downloaded",
+    "cifar10": "60,000 photographs of 10 kinds of things, 32 x 32 pixels, downloaded",
+    "cifar100": "60,000 photographs of 100 kinds of things, 32 x 32 pixels, downloaded",
+    "glyphs": "letters and digits in hundreds of typefaces, 64 x 64 pixels, made by benchmarks/data/glyphs.py",
     "folder:PATH": "any images: PATH/train/CLASS/ and PATH/val/CLASS/, or PATH/CLASS/, which is split here",
 }
 
@@ -35,8 +38,8 @@ DATASETS = {
 class ImageList:
     """One split: a name and a label for each image, and where the pixels are.
 
-    `source` is the folder that the names are relative to, or an array [N, height, width] of grey bytes. `sha256` is
-    over names, labels and contents.
+    `source` is the folder that the names are relative to, or an array of bytes, [N, height, width] for grey images and
+    [N, height, width, 3] for RGB. `sha256` is over names, labels and contents.
     """
 
     names: list[str]
@@ -87,8 +90,9 @@ class Dataset:
 def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = None) -> Dataset:
     """The data set that `config.name` names, or exactly the one in `record`.
 
-    digits: 1,000 / 297 / 500 images in train / val / test. fashion-mnist: 55,000 / 5,000 / 10,000. Both splits are
-    fixed, the seed has no part in them. folder:PATH is PATH/train and PATH/val (or valid, validation) and perhaps
+    digits: 1,000 / 297 / 500 images in train / val / test. fashion-mnist: 55,000 / 5,000 / 10,000. cifar10, cifar100:
+    45,834 / 4,166 / 10,000. glyphs: as its file says, by families of typefaces. These splits are fixed, the seed has no
+    part in them. folder:PATH is PATH/train and PATH/val (or valid, validation) and perhaps
     PATH/test, each with a folder for each class; or PATH with class folders, or PATH/train alone, of which
     `config.val_fraction` of each class is held out, drawn with the seed.
 
@@ -100,6 +104,10 @@ def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = 
         dataset = _from_arrays("digits", builtin.DIGITS_CLASSES, builtin.digits())
     elif config.name == "fashion-mnist":
         dataset = _from_arrays("fashion-mnist", builtin.FASHION_CLASSES, builtin.fashion_mnist(config.root))
+    elif config.name in ("cifar10", "cifar100"):
+        dataset = _from_arrays(config.name, *builtin.cifar(config.name, config.root))
+    elif config.name == "glyphs":
+        dataset = _from_arrays(config.name, *builtin.glyphs(config.root))
     elif config.name.startswith("folder:"):
         dataset = _folder(config, seed, record)
     else:

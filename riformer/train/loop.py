@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
+from riformer.distill.imitation import fit_affines
 from riformer.distill.objective import Objective, imitation_scale
 from riformer.distill.teachers import open_model
 from riformer.model.weights import save, start_at, start_from
@@ -34,6 +35,7 @@ from riformer.train.data import open_dataset
 from riformer.train.distributed import (
     any_process,
     average_gradients,
+    average_parameters,
     barrier,
     gather,
     main_process_first,
@@ -98,11 +100,16 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     state = run.load_state()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, data).to(device)
+    if optim.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # and what it computes follows
     if recipe.model.start and not state:
         start_at(model, open_model(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
 
     # teachers
     logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device)
+    for teacher in (logit_teacher, module_teacher):
+        if teacher and optim.channels_last:
+            teacher.to(memory_format=torch.channels_last)
     if distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
     imitation = build_imitation(recipe, model, module_teacher)
@@ -111,10 +118,14 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     # optimiser
     batches = TrainBatches(
         data.splits["train"], len(data.classes), recipe.data, recipe.augment, recipe.seed,
-        optim.batch_size, optim.accumulation, rank, world_size, distill.cache_augmentations,
+        optim.batch_size, optim.accumulation, rank, world_size, distill.cache_augmentations, device,
     )  # fmt: skip
     num_steps = optim.epochs * batches.steps_per_epoch
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
+    if distill.fit_affine_batches and module_teacher and not state:
+        first = chain.from_iterable(islice(batches.epoch(0), distill.fit_affine_batches))
+        fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first))
+        average_parameters(model)
     optimizer = build_optimizer(recipe, model, projections)
     schedule = CosineLRScheduler(
         optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,

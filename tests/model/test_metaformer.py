@@ -84,7 +84,7 @@ def test_state_dict_keys_are_timms(model):
     assert {key: value.shape for key, value in pooling.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", sorted(MIXERS.keys() - {"nothing"}))
 def test_every_mixer_trains(mixer):
     model = randomised(tiny(mixer=mixer)).train()
     model(images()).square().sum().backward()

@@ -51,7 +51,7 @@ def test_channels_last(name):
     torch.testing.assert_close(mixer(y.to(memory_format=torch.channels_last)), mixer(y))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"nothing"}))
 def test_gradients_reach_the_input_and_every_trainable_parameter(name):
     mixer, y = built(name), token_map().requires_grad_()
     (mixer(y) * token_map(2, 8, *GRID).flip(1)).sum().backward()
@@ -75,7 +75,15 @@ def test_gradients_equal_finite_differences(name):
     assert torch.autograd.gradcheck(function, (y, *values), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+def test_nothing_is_an_affine_that_has_not_learned():
+    y = token_map().requires_grad_()
+    nothing, affine = built("nothing"), MIXERS["affine"](8, GRID)
+    torch.testing.assert_close(nothing(y), affine(y), atol=0, rtol=0)
+    nothing(y).sum().backward()
+    torch.testing.assert_close(y.grad, torch.zeros_like(y), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"nothing"}))
 def test_mixes_tokens_or_does_not(name):
     mixer, y = built(name), token_map()
     changed = y.clone()

@@ -394,6 +394,80 @@ def test_damaged_index_and_unwritable_cache(
     assert "will check all images again" in caplog.text
 
 
+def write_cifar(folder: Path, name: str, num_classes: int) -> np.ndarray:
+    """CIFAR's python version, 24 training images and 6 others."""
+    drawn = np.random.default_rng(0).integers(0, 256, (30, 3072), np.uint8)
+    cifar10 = name == "cifar10"
+    base = folder / ("cifar-10-batches-py" if cifar10 else "cifar-100-python")
+    base.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] if cifar10 else ["train"]
+    parts = [*np.array_split(np.arange(24), len(names)), np.arange(24, 30)]
+    for file, part in zip([*names, "test_batch" if cifar10 else "test"], parts, strict=True):
+        labels = [int(i) % num_classes for i in part]
+        (base / file).write_bytes(pickle.dumps({"data": drawn[part], "labels" if cifar10 else "fine_labels": labels}))
+    meta = {"label_names" if cifar10 else "fine_label_names": [f"thing {i}" for i in range(num_classes)]}
+    (base / ("batches.meta" if cifar10 else "meta")).write_bytes(pickle.dumps(meta))
+    return drawn.reshape(30, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(("name", "num_classes"), [("cifar10", 2), ("cifar100", 3)])
+def test_cifar_from_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_classes: int) -> None:
+    from torchvision.datasets import CIFAR10
+
+    pixels = write_cifar(tmp_path, name, num_classes)
+    config = DataConfig(name=name, root=str(tmp_path))
+    with pytest.raises(ValueError, match=f"{name} is not in .* cannot be downloaded .*--data.root"):
+        open_dataset(config, 0)  # these are not the files that its checksums are of
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    data = open_dataset(config, 0)
+    assert data.classes == tuple(f"thing {i}" for i in range(num_classes))
+    assert {split: len(images) for split, images in data.splits.items()} == {"train": 22, "val": 2, "test": 6}
+    for images in data.splits.values():
+        for index, image_name in enumerate(images.names):
+            part, number = image_name.split("/")
+            np.testing.assert_array_equal(images.read(index), pixels[int(number) + 24 * (part == "test")])
+
+
+def write_glyphs(folder: Path) -> dict[str, np.ndarray]:
+    """Six faces of three families, one family a split, three classes."""
+    rng = np.random.default_rng(0)
+    arrays = {"image": np.zeros((18, 64, 64), np.uint8), "label": np.tile(np.arange(3, dtype=np.uint8), 6)}
+    arrays["image"][:, 16:48, 16:48] = rng.integers(0, 256, (18, 32, 32))
+    arrays["family"] = np.repeat(np.arange(3, dtype=np.int32), 6)
+    arrays["split"] = np.repeat(np.array([1, 0, 2], np.uint8), 6)
+    arrays["classes"], arrays["families"] = np.array(list("ABC")), np.array(["bodoni", "futura", "garamond"])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / "glyphs.npz", **arrays)
+    return arrays
+
+
+def test_glyphs_are_split_by_family_and_judged_on_one_fixed_draw(tmp_path: Path) -> None:
+    arrays = write_glyphs(tmp_path)
+    config = DataConfig(name="glyphs", root=str(tmp_path))
+    data = open_dataset(config, 0)
+    assert data.classes == ("A", "B", "C")
+    families = {split: {name.split("/")[0] for name in images.names} for split, images in data.splits.items()}
+    assert families == {"train": {"futura"}, "val": {"bodoni"}, "test": {"garamond"}}
+    assert all(images.labels == [0, 1, 2, 0, 1, 2] for images in data.splits.values())
+    np.testing.assert_array_equal(data.splits["train"].source, arrays["image"][6:12])
+    assert data.splits["val"].source.shape == data.splits["test"].source.shape == (6, 32, 32)
+    assert len({image.tobytes() for image in data.splits["test"].source}) == 6
+    assert open_dataset(config, 1, through_json(data.record())).record() == data.record()
+
+
+def test_glyphs_that_are_damaged_or_nowhere(tmp_path: Path) -> None:
+    config = DataConfig(name="glyphs", root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"there is no .*glyphs\.npz: make it with .*--data\.root"):
+        open_dataset(config, 0)
+    write_glyphs(tmp_path)
+    whole = (tmp_path / "glyphs.npz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"PK"):
+        (tmp_path / "glyphs.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a whole file of glyphs"):
+            open_dataset(config, 0)
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
