@@ -6,10 +6,23 @@ complete configuration, of which anything can be overridden; a rung turns one re
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from riformer import published
 from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
 from riformer.published import PARADIGM
+
+Rung = Callable[[Recipe], Recipe]
+
+DEPTHS = {  # of the networks by name, for rungs that change one stage
+    "riformer_s12": (2, 2, 6, 2),
+    "riformer_s24": (4, 4, 12, 4),
+    "riformer_s36": (6, 6, 18, 6),
+    "riformer_m36": (6, 6, 18, 6),
+    "riformer_m48": (8, 8, 24, 8),
+    "riformer_micro": (1, 1),
+    "riformer_mini": (2, 2, 2),
+}
 
 LABELS = DistillConfig()
 # The paper's paradigm with one network, trained in the same run, in both teacher roles.
@@ -53,6 +66,36 @@ def small_images() -> Recipe:
     )
 
 
+def glyphs() -> Recipe:
+    """Letters in hundreds of typefaces at 32 pixels, of which a token sees 8 without mixing; in an S12, 63 of 224."""
+    return Recipe(
+        name="glyphs",
+        data=DataConfig(name="glyphs", img_size=32, crop_pct=1.0),
+        augment=AugmentConfig(policy="warp"),
+        # Patches without overlap, in the stem and between the stages: only mixers carry anything from one to another.
+        model=ModelConfig(
+            name="riformer_micro",
+            depths=(2, 2),
+            dims=(24, 48),
+            stem_patch=4,
+            stem_stride=4,
+            down_patch=2,
+            args={"init_std": 0.12},
+        ),
+        teacher=TeacherConfig(mixer="token_matrix", epochs=9, lr=6e-3),
+        distill=FULL,
+        optim=OptimConfig(
+            lr=6e-3,
+            epochs=9,
+            warmup_epochs=0.5,
+            batch_size=64,
+            label_smoothing=0.0,
+            precision="fp32",
+            channels_last=True,
+        ),
+    )
+
+
 def photos() -> Recipe:
     """Photographs at 224 pixels: RIFormer-S12 from a PoolFormer of its size that the run trains first; for a GPU."""
     return Recipe(
@@ -86,18 +129,33 @@ def identity(recipe: Recipe) -> Recipe:
     return _rung(recipe, "identity", "identity", LABELS)
 
 
+def deleted(recipe: Recipe) -> Recipe:
+    """The network without token mixer and without its branch, on labels alone: what identity's x + norm(x) costs."""
+    return _rung(recipe, "deleted", "nothing", LABELS)
+
+
 def hard(recipe: Recipe) -> Recipe:
-    """The same, on labels and the logit teacher's decisions, half each."""
+    """Identity, on labels and the logit teacher's decisions, half each."""
     return _rung(recipe, "hard", "identity", _logits_alone(recipe, label=0.5, hard=0.5))
 
 
+def hard_alone(recipe: Recipe) -> Recipe:
+    """Identity, on the logit teacher's decisions without labels."""
+    return _rung(recipe, "hard-alone", "identity", _logits_alone(recipe, hard=1.0))
+
+
 def soft(recipe: Recipe) -> Recipe:
-    """The same, on the logit teacher's probabilities without labels."""
+    """Identity, on the logit teacher's probabilities without labels."""
     return _rung(recipe, "soft", "identity", _logits_alone(recipe, soft=1.0))
 
 
+def soft_labels(recipe: Recipe) -> Recipe:
+    """Identity, on labels and the logit teacher's probabilities, half each."""
+    return _rung(recipe, "soft-labels", "identity", _logits_alone(recipe, label=0.5, soft=0.5))
+
+
 def affine(recipe: Recipe) -> Recipe:
-    """The same, with an affine in the mixer's place."""
+    """Soft, with an affine in the mixer's place."""
     return _rung(recipe, "affine", "affine", _logits_alone(recipe, soft=1.0))
 
 
@@ -106,12 +164,88 @@ def imitation(recipe: Recipe) -> Recipe:
     return _rung(recipe, "imitation", recipe.model.mixer, replace(recipe.distill, start_from_teacher=False))
 
 
+def start(recipe: Recipe) -> Recipe:
+    """The recipe as it is, but without imitation: the teacher's weights alone."""
+    unused = ("block_weight", "mixer_weight", "relation_weight", "positions", "block_match", "relation_tokens")
+    plain = {name: getattr(LABELS, name) for name in (*unused, "schedule", "phase")}
+    return _rung(recipe, "start", recipe.model.mixer, replace(recipe.distill, **plain))
+
+
+def mixer_first(recipe: Recipe) -> Recipe:
+    """The mixer kept in the first stage alone, an affine in the others, on labels: not in the paper."""
+    return _mixer_in(recipe, "mixer-first", 0)
+
+
+def mixer_last(recipe: Recipe) -> Recipe:
+    """The mixer kept in the last stage alone, where tokens are fewest, an affine in the others, on labels."""
+    return _mixer_in(recipe, "mixer-last", -1)
+
+
+def _mixer_in(recipe: Recipe, name: str, stage: int) -> Recipe:
+    mixers = ["affine"] * len(_depths(recipe))
+    mixers[stage] = recipe.teacher.mixer
+    return _rung(recipe, name, tuple(mixers), LABELS)
+
+
+def overlap(recipe: Recipe) -> Recipe:
+    """Deleted, with kernels twice as wide between the stages: convolutions, of which there are few, mix instead."""
+    model = replace(recipe.model, down_patch=2 * (recipe.model.down_patch or 3))
+    return replace(deleted(replace(recipe, model=model)), name=f"{recipe.name}-overlap")
+
+
+def deeper(recipe: Recipe) -> Recipe:
+    """Deleted, with a block more in the deepest stage, about as slow as the network with its mixers."""
+    depths = list(_depths(recipe))
+    depths[depths.index(max(depths))] += 1
+    rung = deleted(replace(recipe, model=replace(recipe.model, depths=tuple(depths))))
+    return replace(rung, name=f"{recipe.name}-deeper")
+
+
+def fitted(recipe: Recipe) -> Recipe:
+    """The recipe as it is, but its affines start as near to the teacher's mixers as they can: least squares."""
+    return replace(recipe, name=f"{recipe.name}-fitted", distill=replace(recipe.distill, fit_affine_batches=8))
+
+
+def _softer(temperature: float) -> Rung:
+    def rung(recipe: Recipe) -> Recipe:
+        distill = replace(_logits_alone(recipe, soft=1.0), temperature=temperature)
+        return _rung(recipe, f"soft-t{temperature:g}", "identity", distill)
+
+    rung.__doc__ = f"Soft, at temperature {temperature:g}."
+    return rung
+
+
+def _imitating(term: str) -> Rung:
+    def rung(recipe: Recipe) -> Recipe:
+        others = {f"{name}_weight": 0.0 for name in ("block", "mixer", "relation") if name != term}
+        unused = {name for name, of in (("block_match", "block"), ("relation_tokens", "relation")) if of != term}
+        plain = {name: getattr(LABELS, name) for name in unused}
+        distill = replace(imitation(recipe).distill, **others, **plain)
+        return _rung(recipe, f"imitation-{term}", recipe.model.mixer, distill)
+
+    rung.__doc__ = f"Imitation, its {term} term alone."
+    return rung
+
+
+def _scheduled(schedule: Literal["constant", "first_phase"]) -> Rung:
+    def rung(recipe: Recipe) -> Recipe:
+        distill = replace(imitation(recipe).distill, schedule=schedule, phase=LABELS.phase)
+        return _rung(recipe, f"imitation-{schedule.replace('_', '-')}", recipe.model.mixer, distill)
+
+    rung.__doc__ = f"Imitation, with the schedule {schedule}."
+    return rung
+
+
 def full(recipe: Recipe) -> Recipe:
     """The recipe as it is."""
     return recipe
 
 
-def _rung(recipe: Recipe, name: str, mixer: str, distill: DistillConfig) -> Recipe:
+def _depths(recipe: Recipe) -> tuple[int, ...]:
+    return recipe.model.depths or DEPTHS[recipe.model.name]
+
+
+def _rung(recipe: Recipe, name: str, mixer: str | tuple[str, ...], distill: DistillConfig) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, mixer=mixer), distill=distill)
 
 
@@ -142,6 +276,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart": quickstart,
     "small-images": small_images,
+    "glyphs": glyphs,
     "photos": photos,
     "s12": published.s12,
     "s24": published.s24,
@@ -161,15 +296,29 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "gfnet-h-b": published.gfnet_h_b,
 }
 
-RUNGS: dict[str, Callable[[Recipe], Recipe]] = {  # the controls, then the paper's ladder, which ends with full
+RUNGS: dict[str, Rung] = {  # the controls, then the paper's ladder, which ends with full; then what varies its steps
     "labels": labels,
     "labels-long": labels_long,
     "mixer": mixer,
     "identity": identity,
+    "deleted": deleted,
     "hard": hard,
     "soft": soft,
     "affine": affine,
     "imitation": imitation,
     "full": full,
+    "start": start,
+    "hard-alone": hard_alone,
+    "soft-labels": soft_labels,
+    "soft-t2": _softer(2),
+    "soft-t4": _softer(4),
+    **{f"imitation-{term}": _imitating(term) for term in ("block", "mixer", "relation")},
+    "imitation-constant": _scheduled("constant"),
+    "imitation-first-phase": _scheduled("first_phase"),
+    "mixer-first": mixer_first,
+    "mixer-last": mixer_last,
+    "overlap": overlap,
+    "deeper": deeper,
+    "fitted": fitted,
 }
 DEFAULT_RUNGS = ("labels", "labels-long", "full")

@@ -20,10 +20,15 @@ def test_every_rung_of_every_recipe_is_sound_and_round_trips_or_says_why_not(nam
     assert recipe.name.startswith(name)
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
     check(teacher_recipe(recipe)) if recipe.distill.trains_teacher else None
-    if rung in ("hard", "soft", "affine") and name in BASELINES:
+    if rung in ("hard", "soft", "affine", "hard-alone", "soft-labels", "soft-t2", "soft-t4") and name in BASELINES:
         with pytest.raises(ValueError, match="logit_teacher is '', but soft_weight or hard_weight needs one"):
             check(recipe)
-    elif rung in ("mixer", "identity") and name.startswith("gfnet"):
+    elif rung == "imitation-first-phase" and (name in BASELINES or name.endswith("-384")):
+        with pytest.raises(
+            ValueError, match="schedule is 'first_phase', but has no effect: the imitation weights are 0"
+        ):
+            check(recipe)
+    elif rung in ("mixer", "identity", "deleted") and name.startswith("gfnet"):
         with pytest.raises(ValueError, match=r"model\.mixer is .*gfnet_h_\w+ is no riformer_"):
             check(recipe)
     else:
@@ -103,7 +108,23 @@ def test_the_rungs_of_the_papers_ladder():
         **dict.fromkeys(("imitation", "full"), (0, 0, 1, 1)),
     }
     assert [name for name, rung in rungs.items() if rung.distill.start_from_teacher] == ["full"]
-    for rung in rungs.values():  # and in nothing else
+    more = {name: RUNGS[name](recipe) for name in RUNGS if name not in ("labels", "labels-long", *rungs)}
+    assert len(more) == 11
+    assert more["deleted"].model.mixer == "nothing"
+    assert (more["soft-labels"].distill.label_weight, more["soft-labels"].distill.soft_weight) == (0.5, 0.5)
+    assert more["hard-alone"].distill.weights == {**rungs["hard"].distill.weights, "label": 0.0, "hard": 1.0}
+    assert more["soft-t4"].distill == dataclasses.replace(rungs["soft"].distill, temperature=4.0)
+    for term in ("block", "mixer", "relation"):
+        weights = more[f"imitation-{term}"].distill.weights
+        assert [name for name in ("block", "mixer", "relation") if weights[name]] == [term]
+    imitation = rungs["imitation"].distill
+    for schedule in ("constant", "first_phase"):
+        varied = more[f"imitation-{schedule.replace('_', '-')}"].distill
+        assert varied == dataclasses.replace(imitation, schedule=schedule)
+    assert more["start"].distill == dataclasses.replace(
+        rungs["affine"].distill, **{"module_teacher": recipe.distill.module_teacher, "start_from_teacher": True}
+    )
+    for rung in (*rungs.values(), *more.values()):  # and in nothing else
         changed = dataclasses.replace(rung, name=recipe.name, model=recipe.model, distill=recipe.distill)
         assert changed == recipe
     assert RUNGS["mixer"](RECIPES["quickstart"]()).model.mixer == "global_filter"
@@ -240,7 +261,10 @@ def test_contradictions_in_optim_are_named(optim, message):
 
 def test_contradictions_elsewhere_are_named():
     data = dataclasses.replace(Recipe().data, img_size=0, num_workers=-2, root="/somewhere")
-    with pytest.raises(ValueError, match=r"img_size is 0(.|\n)*num_workers is -2(.|\n)*only fashion-mnist has one"):
+    with pytest.raises(
+        ValueError,
+        match=r"img_size is 0(.|\n)*num_workers is -2(.|\n)*only fashion-mnist, cifar10, cifar100, glyphs have one",
+    ):
         check(Recipe(data=data))
 
 

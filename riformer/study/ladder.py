@@ -1,6 +1,11 @@
-"""Runs and resumes a comparison: several recipes over several seeds, a run folder each."""
+"""Runs and resumes a comparison: several recipes over several seeds, a run folder each.
+
+Runs whose own teachers are the same training share it: the first of them trains it, the others take a copy. So does a
+run that is itself this training, as the rung `mixer` is.
+"""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +18,9 @@ from typing import Any
 
 import torch
 
-from riformer.config import Recipe, check
+from riformer.atomic import replace_folder
+from riformer.config import Recipe, check, to_dict
+from riformer.recipes import teacher_recipe
 from riformer.study.evaluation import evaluate_run
 from riformer.train.distributed import is_main_process
 from riformer.train.loop import train
@@ -36,7 +43,8 @@ def run_ladder(
     """Every recipe with every seed, in `folder`/NAME-seedN. Interrupted, the same call goes on where it was.
 
     With `jobs` above 1, so many trainings run side by side and share the processor's cores. Evaluation, which also
-    measures speed, comes after all trainings and one by one.
+    measures speed, comes after all trainings and one by one. A teacher that several runs have in common is trained once
+    for each seed.
 
     Raises:
         ValueError: a recipe that contradicts itself; before anything runs.
@@ -46,41 +54,78 @@ def run_ladder(
     todo = [
         (replace(recipe, seed=seed), Path(folder) / f"{recipe.name}-seed{seed}") for seed in seeds for recipe in recipes
     ]
+    lenders = _lenders(todo)
+    todo_first = sorted(todo, key=lambda one: one[1] in lenders)  # who lends before who borrows
     if jobs > 1:
-        _train_side_by_side(todo, progress, jobs)
+        _train_side_by_side(todo_first, lenders, progress, jobs)
+    for recipe, path in todo_first:
+        _borrow_teacher(recipe, path, lenders.get(path))
+        train(recipe, path, progress)
     return [run_recipe(recipe, path, progress) for recipe, path in todo]
 
 
-def _train_side_by_side(todo: list[tuple[Recipe, Path]], progress: Progress, jobs: int) -> None:
+def _lenders(todo: list[tuple[Recipe, Path]]) -> dict[Path, tuple[Path, Path]]:
+    """For each run that need not train its own teacher, the run that does and the folder in which it then lies."""
+    first = {repr(replace(recipe, name="")): (path, path) for recipe, path in todo}
+    lenders = {}
+    for recipe, path in todo:
+        if recipe.distill.trains_teacher:
+            training = repr(replace(teacher_recipe(recipe), name=""))
+            lender = first.setdefault(training, (path, path / "teacher"))
+            if lender[0] != path:
+                lenders[path] = lender
+    return lenders
+
+
+def _borrow_teacher(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None) -> None:
+    """Puts a copy of the lender's finished training into a run that has not begun a teacher; the names alone differ."""
+    teacher = path / "teacher"
+    if lender is None or teacher.exists():
+        return
+    Run(path).begin(recipe, world_size=1)
+    with replace_folder(teacher) as beside:
+        shutil.copytree(lender[1], beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evaluation.json"))
+        Run(beside).write("recipe.json", to_dict(teacher_recipe(recipe)))
+
+
+def _train_side_by_side(
+    todo: list[tuple[Recipe, Path]], lenders: dict[Path, tuple[Path, Path]], progress: Progress, jobs: int
+) -> None:
     """Each training in a process of its own, `jobs` at a time, with its share of the cores.
 
-    Their progress comes through a queue. When a training fails, quietly, no more are begun: trying it again says why.
+    Who borrows a teacher waits until the lender has finished. Their progress comes through a queue. When a training
+    fails, quietly, no more are begun: trying it again says why.
     """
     spawn = get_context("spawn")
     lines = spawn.Queue()
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(todo)
-    running: list[BaseProcess] = []
+    running: dict[Path, BaseProcess] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(spawn.Process(target=_train_one, args=(*waiting.pop(0), lines, threads)))
-                running[-1].start()
+            busy = {*running, *(path for _, path in waiting)}
+            ready = [one for one in waiting if lenders.get(one[1], (None,))[0] not in busy]
+            for recipe, path in ready[: jobs - len(running)]:
+                waiting.remove((recipe, path))
+                arguments = (recipe, path, lenders.get(path), lines, threads)
+                running[path] = spawn.Process(target=_train_one, args=arguments)
+                running[path].start()
             with suppress(Empty):
                 progress(lines.get(timeout=0.1))
-            if any(process.exitcode for process in running):
+            if any(process.exitcode for process in running.values()):
                 waiting.clear()
             if lines.empty():
-                running = [process for process in running if process.is_alive()]
+                running = {path: process for path, process in running.items() if process.is_alive()}
     finally:
-        for process in running:
+        for process in running.values():
             process.terminate()  # it saves its state and ends
             process.join()
 
 
-def _train_one(recipe: Recipe, path: Path, lines: Queue, threads: int) -> None:
+def _train_one(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None, lines: Queue, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
+        _borrow_teacher(recipe, path, lender)
         train(recipe, path, lines.put)
     except (KeyboardInterrupt, ValueError, RuntimeError, OSError):
         sys.exit(1)

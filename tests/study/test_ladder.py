@@ -1,0 +1,75 @@
+"""A ladder: rungs by seeds, resumable, with teachers that are trained once and shared."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from riformer.recipes import RECIPES, RUNGS
+from riformer.study.ladder import run_ladder
+from riformer.train.loop import train
+from riformer.train.run import Run
+
+
+@pytest.fixture(scope="module")
+def rungs():
+    recipe = RECIPES["quickstart"]()
+    optim = replace(recipe.optim, epochs=1, warmup_epochs=0.0, batch_size=250)
+    recipe = replace(recipe, optim=optim, teacher=replace(recipe.teacher, epochs=1))
+    other = replace(recipe, name="other", teacher=replace(recipe.teacher, mixer="pooling"))
+    return [*(RUNGS[name](recipe) for name in ("soft", "full")), RUNGS["soft"](other)]
+
+
+class Lines(list):
+    """Progress lines, and how often each training began."""
+
+    def __call__(self, line):
+        self.append(line)
+
+    def steps_of(self, name):
+        return [(line["run"], line["step"]) for line in self if line["kind"] == "step" and line["name"] == name]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_teacher_is_trained_once_for_each_seed_and_taken_over(tmp_path, rungs, jobs):
+    lines = Lines()
+    runs = run_ladder(rungs, [0], tmp_path, lines, jobs)
+    assert [run.path.name for run in runs] == [f"{rung.name}-seed0" for rung in rungs]
+    teachers = {line["name"] for line in lines if line["kind"] == "step" and line["name"].endswith("-teacher")}
+    assert teachers == {"quickstart-soft-teacher", "other-soft-teacher"}
+    for name in ("quickstart-soft-teacher", "other-soft-teacher"):
+        trained = lines.steps_of(name)
+        assert len(trained) == len(set(trained)) == 4
+    soft, full, other = (run.path for run in runs)
+    for file in ("best/model.safetensors", "metrics.jsonl", "data.json"):
+        assert (full / "teacher" / file).read_bytes() == (soft / "teacher" / file).read_bytes()
+        assert file == "data.json" or (other / "teacher" / file).read_bytes() != (soft / "teacher" / file).read_bytes()
+    assert Run(full / "teacher").recipe().name == "quickstart-teacher"
+    again = Lines()
+    run_ladder(rungs, [0], tmp_path, again)
+    assert [line for line in again if line["kind"] == "step"] == []
+
+
+def test_who_takes_a_teacher_over_learns_the_same_as_alone(tmp_path, rungs):
+    soft, full = rungs[:2]
+    run_ladder([soft, full], [3], tmp_path / "ladder", Lines())
+    alone = train(replace(full, seed=3), tmp_path / "alone")
+
+    def losses(run):
+        return [
+            {k: v for k, v in line.items() if k != "images_per_s"} for line in run.metrics() if line["kind"] == "step"
+        ]
+
+    together = Run(tmp_path / "ladder" / "quickstart-seed3")
+    assert losses(together) == losses(alone)
+    assert len(losses(alone)) == 4
+
+
+def test_a_run_that_has_begun_its_own_teacher_keeps_it(tmp_path, rungs):
+    soft, full = rungs[:2]
+    train(replace(full, seed=5), tmp_path / "full")
+    folder = tmp_path / "ladder" / "quickstart-seed5"
+    shutil.copytree(tmp_path / "full", folder)
+    before = (folder / "teacher" / "recipe.json").stat().st_mtime_ns
+    run_ladder([soft, full], [5], tmp_path / "ladder", Lines())
+    assert (folder / "teacher" / "recipe.json").stat().st_mtime_ns == before
