@@ -108,6 +108,23 @@ def photos() -> Recipe:
     )
 
 
+def at_budget(recipe: Recipe, times: int) -> Recipe:
+    """The recipe for so many times its epochs, warm-up and its own teacher's epochs included.
+
+    Raises:
+        ValueError: `times` is below 1.
+    """
+    if times < 1:
+        raise ValueError(f"a budget is {times}; it must be 1 or more times the recipe's epochs")
+    optim = recipe.optim
+    return replace(
+        recipe,
+        name=f"{recipe.name}-{times}x",
+        teacher=replace(recipe.teacher, epochs=times * recipe.teacher.epochs),
+        optim=replace(optim, epochs=times * optim.epochs, warmup_epochs=times * optim.warmup_epochs),
+    )
+
+
 def labels(recipe: Recipe) -> Recipe:
     """The same network on labels alone, for as many steps."""
     return replace(recipe, name=f"{recipe.name}-labels", distill=LABELS)

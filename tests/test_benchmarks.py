@@ -9,6 +9,9 @@ import sys
 import pytest
 from scripts import ROOT, load_script
 
+from riformer.config import check
+from riformer.recipes import RUNGS, at_budget
+
 BENCHMARKS = ROOT / "benchmarks"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side
 SCRIPTS = {
@@ -73,13 +76,13 @@ def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
         command = [sys.executable, str(BENCHMARKS / "ladder.py"), "--out", str(tmp_path / "records"), *more]
         result = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
-        return result.stdout
+        return result.stdout[result.stdout.index("|  | paper | 20 steps |") :]
 
     first = run("--smoke")
     files = sorted((tmp_path / "records").iterdir())
-    assert [file.name for file in files] == [f"{r}-1x-seed{s}.json" for r in ("full", "identity") for s in (0, 1)]
+    names = [f"quickstart-1x{rung}-seed{seed}.json" for rung in ("-identity", "") for seed in (0, 1)]
+    assert [file.name for file in files] == names
     records = {file.name: json.loads(file.read_text()) for file in files}
-    assert "identity → " not in first.replace("identity → full", "")
     for record in records.values():
         assert record["steps"] == len(record["val_top1"]) * 20
         assert 0 < record["top1"]["deploy"] <= 100
@@ -87,22 +90,19 @@ def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
     files[0].unlink()
     shutil.rmtree(tmp_path / "runs")
     again = run("--smoke", "--runs", str(tmp_path / "elsewhere"))
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["quickstart-1x-identity-seed0"]
     repeated = json.loads(files[0].read_text())
     assert repeated["losses_sha256"] == records[files[0].name]["losses_sha256"]
     assert repeated["top1"] == records[files[0].name]["top1"]
-    assert again.splitlines()[-4:] == first.splitlines()[-4:]
-    assert run("--table").splitlines()[-4:] == first.splitlines()[-4:]
+    assert again == first == run("--table")
 
 
-def test_the_ladders_table_pairs_by_seed():
+def test_the_ladders_plans_name_rungs_and_s12_is_what_it_says():
     ladder = load_script("benchmarks/ladder.py")
-    scores = {"identity": {0: 80.0, 1: 82.0, 2: 90.0}, "soft": {0: 81.0, 1: 83.5, 2: 91.5, 3: 50.0}, "mixer": {0: 95.0}}
-    records = [
-        {"rung": rung, "budget": 1, "seed": seed, "steps": 1008, "top1": {"deploy": value}}
-        for rung, by_seed in scores.items()
-        for seed, value in by_seed.items()
-    ]
-    lines = ladder.table(records).splitlines()
-    assert "| identity | 84.00 ± 5.29 (3 seeds) |" in lines
-    assert "| identity → soft | +1.33 [+0.62, +2.05] |" in lines  # 1, 1.5, 1.5: 4.303 * 0.2887 / 3 ** 0.5
-    assert "| identity → mixer | +15.00 (1 seed) |" in lines
+    for part in (*ladder.PLAN, *ladder.GPU, *ladder.SMOKE):
+        for rung in part.rungs:
+            check(RUNGS[rung](at_budget(ladder.small(), part.budget)))
+    recipe = ladder.s12()
+    check(recipe)
+    assert (recipe.model.name, recipe.model.depths, recipe.data.img_size) == ("riformer_s12", None, 64)
+    assert recipe.optim.epochs >= 100

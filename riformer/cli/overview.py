@@ -11,28 +11,36 @@ from riformer.cli.options import console, known, verb_parser
 from riformer.model.mixers import MIXERS
 from riformer.recipes import RECIPES, RUNGS
 from riformer.study.cost import count_params
+from riformer.study.ladder_report import write_ladder_report
 from riformer.study.report import write_report
 from riformer.study.speed_report import write_speed_report
 from riformer.train.data import DATASETS
 
 
 def report(argv: list[str]) -> int:
-    """Writes one self-contained HTML page: about runs, or about speeds that were measured.
+    """Writes one self-contained HTML page: about runs, about a ladder, or about speeds that were measured.
 
-    About runs: results, curves, speed, predictions, settings. About result files of `riformer bench --out`: speeds
-    beside their errors and limits, and with published networks among them a picture of speed and accuracy.
+    About runs: results, curves, speed, predictions, settings. With --ladder: rungs and budgets beside the paper's,
+    paired differences with intervals, accuracy over steps and latency, features and receptive fields. About result
+    files of `riformer bench --out`: speeds beside their errors and limits, and with published networks among them a
+    picture of speed and accuracy.
     """
     parser = verb_parser("report", report)
     runs_help = "run folders, or folders that contain run folders; or result files of a bench"
     parser.add_argument("paths", type=str, nargs="+", help=runs_help)
     out_help = "file to write (default: report.html in the first folder, or beside the first file)"
     parser.add_argument("--out", type=str, help=out_help)
+    parser.add_argument(
+        "--ladder", action="store_true", help="compare the rungs of a ladder (default file: ladder.html)"
+    )
     options = parser.parse_args(argv)
     paths = [Path(name) for name in options.paths]
     files = [path for path in paths if path.is_file()]
     if files and len(files) < len(paths):
         raise ValueError(f"{files[0]} is a file and others are folders: runs and measured speeds make two reports")
-    if files:
+    if options.ladder:
+        written = write_ladder_report(paths, Path(options.out or paths[0] / "ladder.html"))
+    elif files:
         written = write_speed_report(files, Path(options.out or files[0].with_suffix(".html")))
     else:
         written = write_report(paths, Path(options.out or paths[0] / "report.html"))

@@ -19,7 +19,7 @@ from riformer.cli.options import (
 )
 from riformer.config import DataConfig
 from riformer.progress import TrainProgress
-from riformer.recipes import DEFAULT_RUNGS, RUNGS
+from riformer.recipes import DEFAULT_RUNGS, RUNGS, at_budget
 from riformer.study.dryrun import dry_run
 from riformer.study.evaluation import evaluate_model, evaluate_run
 from riformer.study.ladder import run_ladder, run_recipe
@@ -68,13 +68,17 @@ def ladder(argv: list[str]) -> int:
     parser = recipe_parser("ladder", ladder, given)
     rungs_help = "what to compare, see `riformer list`"
     parser.add_argument("--rungs", type=list[str], default=list(DEFAULT_RUNGS), help=rungs_help)
+    budgets_help = "how many times the recipe's epochs, those of its teacher too; several show what lasts"
+    parser.add_argument("--budgets", type=list[int], default=[1], help=budgets_help)
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each rung")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
     options, recipe = parse_recipe(parser, base, argv)
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(f"--seeds {options.seeds} has a seed twice")
-    rungs = [RUNGS[known(name, RUNGS, "rung")](recipe) for name in options.rungs]
+    for name in ("seeds", "budgets"):
+        if len(set(getattr(options, name))) < len(getattr(options, name)):
+            raise ValueError(f"--{name} {getattr(options, name)} names one twice")
+    bases = [recipe if options.budgets == [1] else at_budget(recipe, budget) for budget in options.budgets]
+    rungs = [RUNGS[known(name, RUNGS, "rung")](base) for base in bases for name in options.rungs]
     with TrainProgress(main_console()) as progress:
         folder = Path(options.out or f"runs/{recipe.name}")
         finished = run_ladder(rungs, options.seeds, folder, progress, options.jobs)

@@ -6,6 +6,7 @@ run that is itself this training, as the rung `mixer` is.
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -101,6 +102,7 @@ def _train_side_by_side(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(todo)
     running: dict[Path, BaseProcess] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trainings are ended with this one
     try:
         while waiting or running:
             busy = {*running, *(path for _, path in waiting)}
@@ -120,6 +122,7 @@ def _train_side_by_side(
         for process in running.values():
             process.terminate()  # it saves its state and ends
             process.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _train_one(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None, lines: Queue, threads: int) -> None:

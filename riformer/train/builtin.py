@@ -29,9 +29,6 @@ FASHION_FILES = (
     *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 )
 
-GLYPHS_PX = 32
-"""Size of the fixed draws on which glyphs are validated and tested."""
-
 Arrays = tuple[list[str], list[int], np.ndarray]
 """Names, labels and pixels (uint8, [N, height, width] or [N, height, width, 3]) of one split."""
 
@@ -84,11 +81,11 @@ def cifar(name: str, root: str = "") -> tuple[tuple[str, ...], dict[str, Arrays]
     return tuple(found.classes), splits
 
 
-def glyphs(root: str = "") -> tuple[tuple[str, ...], dict[str, Arrays]]:
+def glyphs(root: str = "", img_size: int = 32) -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """The classes and splits of glyphs.npz, in which typefaces of one family are in one split.
 
     Images of train are as in the file, to be warped (`augment.policy`); those of val and test are one fixed draw of
-    that.
+    that, of `img_size` pixels.
 
     Raises:
         ValueError: there is no such file in `root`, or without one in the cache folder, or it is damaged.
@@ -110,8 +107,8 @@ def glyphs(root: str = "") -> tuple[tuple[str, ...], dict[str, Arrays]]:
         pixels = image[indices]
         if name != "train":
             parts = zip(torch.from_numpy(pixels).split(256), torch.from_numpy(indices).split(256), strict=True)
-            drawn = [(255 * warp(part, keys, GLYPHS_PX)).round().byte() for part, keys in parts]
-            pixels = torch.cat(drawn).numpy() if drawn else pixels[:, :GLYPHS_PX, :GLYPHS_PX]
+            drawn = [(255 * warp(part, keys, img_size)).round().byte() for part, keys in parts]
+            pixels = torch.cat(drawn).numpy() if drawn else pixels[:, :img_size, :img_size]
         names = [f"{families[family[i]]}/{i:05d}" for i in indices]
         splits[name] = names, label[indices].tolist(), pixels
     return classes, splits

@@ -107,7 +107,7 @@ def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = 
     elif config.name in ("cifar10", "cifar100"):
         dataset = _from_arrays(config.name, *builtin.cifar(config.name, config.root))
     elif config.name == "glyphs":
-        dataset = _from_arrays(config.name, *builtin.glyphs(config.root))
+        dataset = _from_arrays(config.name, *builtin.glyphs(config.root, config.img_size))
     elif config.name.startswith("folder:"):
         dataset = _folder(config, seed, record)
     else:

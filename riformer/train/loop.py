@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from math import isfinite
@@ -64,18 +64,21 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
         progress: called with each line of the metrics, the run and its name added; a `start` line comes first.
 
     Raises:
-        ValueError: a recipe that contradicts itself or the data, or a folder with another run.
+        ValueError: a recipe that contradicts itself or the data, or a folder with another run, or one that another
+            process trains in.
         KeyboardInterrupt: after an interrupt or termination signal, when the state is saved.
         RuntimeError: the loss is no longer finite.
     """
     check(recipe)
     if recipe.distill.trains_teacher:
         check(teacher_recipe(recipe))
-    with process_group() as (rank, world_size, device):
-        return _train(recipe, Run(folder), progress, rank, world_size, device)
+    with process_group() as (rank, world_size, device), ExitStack() as locks:
+        return _train(recipe, Run(folder), progress, rank, world_size, device, locks)
 
 
-def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: int, device: torch.device) -> Run:
+def _train(
+    recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: int, device: torch.device, locks: ExitStack
+) -> Run:
     optim, distill = recipe.optim, recipe.distill
     main = rank == 0
 
@@ -83,6 +86,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
     with main_process_first(rank):
         if main:
             run.begin(recipe, world_size)
+            locks.enter_context(run.locked())
         record = run.read("data.json")
         data = open_dataset(recipe.data, recipe.seed, record)
         if main and record is None:
@@ -94,7 +98,7 @@ def _train(recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: 
             cache.check_space()
         if not own.metrics():
             try_on_paper(recipe, data)
-        _train(teacher_recipe(recipe), own, progress, rank, world_size, device)
+        _train(teacher_recipe(recipe), own, progress, rank, world_size, device, locks)
 
     # model
     state = run.load_state()

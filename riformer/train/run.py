@@ -17,6 +17,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +64,27 @@ class Run:
             self.write("recipe.json", to_dict(recipe))
         if self.read("env.json") is None:
             self.write("env.json", environment(world_size))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second training out of the folder; however this process ends, the lock ends with it.
+
+        Raises:
+            ValueError: another process trains in this folder.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of its workers
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another process trains in {self.path}: wait for it, or choose another --out"
+                ) from error
+            yield
 
     def recipe(self) -> Recipe:
         """The recipe of this run.

@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import riformer
-from riformer.distill.imitation import Imitation, block_names, match_blocks
+from riformer.distill.imitation import Imitation, block_names, fit_affines, match_blocks
 from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_scale
 from riformer.distill.taps import tap
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher
+from riformer.model.mixers import Affine
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 NAMES = ["stages.0.blocks.1", "stages.1.blocks.0.token_mixer"]
@@ -352,3 +353,37 @@ def test_the_student_starts_from_timms_poolformer():
     student = timm.create_model("riformer_s12")
     riformer.start_from(student, state)
     assert_close(student.stages[3].blocks[1].mlp.fc2.weight, state["stages.3.blocks.1.mlp.fc2.weight"])
+
+
+def test_affines_are_fitted_to_what_the_teachers_mixers_do():
+    teacher, student = (build(seed=seed).double() for seed in (1, 2))
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "token_mixer" in name:
+                parameter.normal_()
+    images = [batch(4)[0].double(), torch.randn(3, 3, 8, 8, dtype=torch.float64)]
+    fit_affines(student, Teacher(teacher, MEAN, STD), images)
+    for own, theirs in zip(student.modules(), teacher.modules(), strict=True):
+        if isinstance(own, Affine):
+            assert_close(own.weight, theirs.weight, atol=1e-9, rtol=1e-9)
+            assert_close(own.bias, theirs.bias, atol=1e-9, rtol=1e-9)
+
+
+def test_no_affine_near_the_fitted_one_is_nearer_to_a_mixer():
+    module_teacher, student = Teacher(build("pooling", seed=1), MEAN, STD), build(seed=2)
+    images, _ = batch(16)
+    fit_affines(student, module_teacher, [images])
+    block = "stages.0.blocks.0"
+    with torch.no_grad(), tap(module_teacher.model, [f"{block}.norm1", f"{block}.token_mixer"]) as outputs:
+        module_teacher(images)
+    affine = student.get_submodule(f"{block}.token_mixer")
+    error = (affine(outputs[f"{block}.norm1"]) - outputs[f"{block}.token_mixer"]).square().mean()
+    error.backward()
+    assert_close(affine.weight.grad, torch.zeros(8), atol=1e-5, rtol=0)
+    assert_close(affine.bias.grad, torch.zeros(8), atol=1e-5, rtol=0)
+    assert error < 0.9 * outputs[f"{block}.token_mixer"].square().mean()  # of an affine at its start
+
+
+def test_affines_are_not_fitted_to_a_teacher_of_another_width():
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0 has 8 channels, but the module teacher's 16"):
+        fit_affines(build(), Teacher(build("pooling", dims=(16, 16)), MEAN, STD), [batch()[0]])

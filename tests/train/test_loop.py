@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -430,3 +432,34 @@ def test_a_compiled_student_learns_the_same(tmp_path, monkeypatch):
         train(chosen, tmp_path / str(compiled))
     eager, compiled_losses = (torch.tensor(losses(tmp_path / name)) for name in ("False", "True"))
     assert_close(compiled_losses, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_training_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
+    train(plain(epochs=1), tmp_path)
+    holder = (
+        "import sys, time; from riformer.train.run import Run\n"
+        f"with Run({str(tmp_path)!r}).locked(): print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=r"another process trains in .*: wait for it, or choose another --out"):
+            train(plain(epochs=1), tmp_path)
+        process.kill()
+    train(plain(epochs=1), tmp_path)
+
+
+def test_channels_last_changes_the_layout_and_not_what_is_learned(tmp_path):
+    for channels_last in (False, True):
+        recipe = plain(epochs=1, channels_last=channels_last, precision="fp32")
+        train(recipe, tmp_path / str(channels_last))
+    plainly, last = (torch.tensor(losses(tmp_path / name)) for name in ("False", "True"))
+    assert_close(last, plainly, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(last, plainly)
+
+
+def test_affines_start_fitted_where_that_is_asked_for(tmp_path):
+    recipe = tiny(distill=dataclasses.replace(tiny().distill, fit_affine_batches=2, start_from_teacher=True))
+    fitted, started = train(recipe, tmp_path / "fitted"), train(tiny(), tmp_path / "started")
+    first = {run.path.name: losses(run.path)[0] for run in (fitted, started)}
+    assert first["fitted"] != first["started"]
+    assert lines(fitted.path)[0]["mixer"] < lines(started.path)[0]["mixer"]

@@ -1,0 +1,242 @@
+"""Rungs of a ladder compared: accuracy by rung, budget and seed, and paired differences with 95 % intervals.
+
+A record is what is kept of a finished run: small, and enough for every table. Everything here is computed from records.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import log2, sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+from riformer.config import to_dict
+from riformer.recipes import RUNGS
+from riformer.train.run import Run
+
+Record = dict[str, Any]
+
+# What the second does to the first: the paper's steps from rung to rung, then the controls and what is not the paper's.
+STEPS = (
+    *(("identity", "mixer"), ("identity", "hard"), ("identity", "soft"), ("soft", "affine"), ("affine", "imitation")),
+    *(
+        ("imitation", "full"),
+        ("identity", "full"),
+        ("full", "mixer"),
+        ("identity", "deleted"),
+        ("deleted", "mixer"),
+        ("deleted", "full"),
+    ),
+    *(("labels-long", "full"), ("full", "mixer-first"), ("full", "mixer-last"), ("full", "overlap")),
+    *(("full", "fitted"), ("deleted", "deeper"), ("mixer-last", "mixer")),
+)
+CONVERGED = 0.3
+"""Points that a doubled budget adds to labels alone, below which a ladder is taken as converged."""
+
+# 97.5 % of Student's distribution with 1, 2, ... degrees of freedom.
+T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
+
+def record(run: Run) -> Record:
+    """What is kept of a finished run, also to tell whether a repetition learned the same to the bit.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    recipe, evaluation, lines = run.recipe(), run.read("evaluation.json"), run.metrics()
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    if evaluation is None or len(epochs) < recipe.optim.epochs:
+        raise ValueError(f"{run.path} is not finished: give its command again")
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    ladder, rung = split_name(recipe.name)
+    return {
+        **{"ladder": ladder, "rung": rung, "seed": recipe.seed, "steps": len(losses), "run": run.path.name},
+        **{"split": evaluation["split"], "num_images": evaluation["num_images"]},
+        "top1": {name: model["top1"] for name, model in evaluation["models"].items()},
+        **{name: evaluation["models"]["deploy"][name] for name in ("params", "macs")},
+        "val_top1": [line["val_top1"] for line in epochs],
+        "seconds": sum(line["seconds"] for line in epochs),
+        "losses_sha256": hashlib.sha256(json.dumps(losses).encode()).hexdigest(),
+        "env": {key: evaluation[key] for key in ("date", "riformer", "torch", "timm", "device")},
+        "recipe": to_dict(replace(recipe, data=replace(recipe.data, root=""))),
+    }
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A recipe's name as that of its ladder and its rung: `glyphs-3x-soft` is `glyphs-3x` and `soft`."""
+    found = max((rung for rung in RUNGS if name.endswith(f"-{rung}")), key=len, default="full")
+    return name.removesuffix(f"-{found}"), found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Points that the second of two rungs is ahead of the first, seed by seed."""
+
+    by_seed: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.by_seed.values())
+
+    @property
+    def half(self) -> float | None:
+        """Half the 95 % interval of the mean, by Student's distribution; None with one seed."""
+        num = len(self.by_seed)
+        if num < 2:
+            return None
+        quantile = T_QUANTILES[num - 2] if num - 2 < len(T_QUANTILES) else 1.96 + 2.5 / (num - 1)
+        return quantile * stdev(self.by_seed.values()) / sqrt(num)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.2f} (1 seed)"
+        return f"{self.mean:+.2f} [{self.mean - self.half:+.2f}, {self.mean + self.half:+.2f}]"
+
+
+class Comparison:
+    """Records of one study: rungs, and ladders of different budgets, each with its seeds.
+
+    Raises:
+        ValueError: there are no records, or they are of different images.
+    """
+
+    def __init__(self, records: Iterable[Record]):
+        self.records = sorted(records, key=lambda one: (one["ladder"], one["rung"], one["seed"]))
+        images = {(one["recipe"]["data"]["name"], one["split"], one["num_images"]) for one in self.records}
+        if len(images) != 1:
+            raise ValueError(f"a comparison is of finished runs on the same images, but these are of {sorted(images)}")
+        self.data, self.split, self.num_images = images.pop()
+
+    @cached_property
+    def steps(self) -> dict[str, int]:
+        """Steps of each ladder, by its name, the shortest first; those of labels-long are more."""
+        plain = [one for one in self.records if one["rung"] != "labels-long"] or self.records
+        found = {one["ladder"]: one["steps"] for one in plain}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    @cached_property
+    def ladders(self) -> list[str]:
+        """Names of the ladders, the smallest budget first."""
+        return list(self.steps)
+
+    @cached_property
+    def rungs(self) -> list[str]:
+        """The rungs that were run, in the order of `RUNGS`."""
+        ran = {one["rung"] for one in self.records}
+        return [rung for rung in RUNGS if rung in ran]
+
+    def top1(self, ladder: str, rung: str) -> dict[int, float]:
+        """Accuracy in deploy form by seed, percent."""
+        return {
+            one["seed"]: one["top1"]["deploy"] for one in self.records if (one["ladder"], one["rung"]) == (ladder, rung)
+        }
+
+    def difference(self, ladder: str, first: str, second: str) -> Difference | None:
+        """What `second` adds to `first`, where both were run with the same seed."""
+        a, b = self.top1(ladder, first), self.top1(ladder, second)
+        return (
+            Difference({seed: b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())})
+            if a.keys() & b.keys()
+            else None
+        )
+
+    def differences(self) -> list[tuple[str, str, list[Difference | None]]]:
+        """Every step between two rungs that were run, a difference for each ladder."""
+        rows = [
+            (first, second, [self.difference(name, first, second) for name in self.ladders]) for first, second in STEPS
+        ]
+        return [row for row in rows if any(row[2])]
+
+    def gain_of_doubling(self, rung: str) -> tuple[float, int] | None:
+        """Points that a doubling adds to a rung between the two largest budgets, and the steps of the larger.
+
+        Accuracy is taken to rise evenly with the logarithm of the steps between the two.
+        """
+        ran = [name for name in self.ladders if self.top1(name, rung)]
+        if len(ran) < 2:
+            return None
+        small, large = self.top1(ran[-2], rung), self.top1(ran[-1], rung)
+        if not (seeds := small.keys() & large.keys()):
+            return None
+        gain = fmean(large[seed] - small[seed] for seed in seeds)
+        return gain / log2(self.steps[ran[-1]] / self.steps[ran[-2]]), self.steps[ran[-1]]
+
+    def closed(self, ladder: str, rung: str) -> float | None:
+        """Share of the gap between `deleted` and `mixer` that a rung closes, over the seeds of all three."""
+        low, high, own = (self.top1(ladder, name) for name in ("deleted", "mixer", rung))
+        seeds = low.keys() & high.keys() & own.keys()
+        gap = fmean(high[seed] - low[seed] for seed in seeds) if seeds else 0
+        return fmean(own[seed] - low[seed] for seed in seeds) / gap if gap > 0 else None
+
+    def headline(self) -> list[str]:
+        """What was found, in sentences, from the largest budget at which the full recipe and the mixer's were run."""
+        told = []
+        for ladder in reversed(self.ladders):
+            if ahead := self.difference(ladder, "mixer", "full"):
+                told.append(self._verdict(ladder, ahead))
+                break
+        labels = self.gain_of_doubling("deleted")
+        if labels:
+            gain, steps = labels
+            reached = "which counts as converged" if gain < CONVERGED else f"more than {CONVERGED}: not converged"
+            told.append(f"At {steps:,} steps a doubling adds {gain:.2f} points to labels alone, {reached}.")
+        return told
+
+    def _verdict(self, ladder: str, ahead: Difference) -> str:
+        seeds = f"{len(ahead.by_seed)} seed{'s' * (len(ahead.by_seed) > 1)}"
+        verb = "ahead of" if ahead.mean > 0 else "behind"
+        text = (
+            f"On {self.data}, after {self.steps[ladder]:,} steps, the full recipe is {abs(ahead.mean):.2f} points "
+            f"{verb} the network that keeps its mixers ({ahead}, {seeds})"
+        )
+        share = self.closed(ladder, "full")
+        if share is not None:
+            text += f"; it closes {share:.0%} of the gap that deleting the mixers opens"
+        others = [(self.closed(ladder, rung), rung) for rung in self.rungs if rung not in ("mixer", "full", "deleted")]
+        best = max(((value, rung) for value, rung in others if value is not None), default=None)
+        if best and share is not None and best[0] > share:
+            text += f", {best[1]} {best[0]:.0%}"
+        return text + "."
+
+
+def markdown(comparison: Comparison, published: dict[str, float]) -> str:
+    """The ladder beside the paper's numbers, and what each step adds, as Markdown."""
+    budgets = [f"{comparison.steps[name]:,} steps" for name in comparison.ladders]
+    lines = [["", "paper", *budgets], ["---"] * (2 + len(budgets))]
+    for rung in comparison.rungs:
+        quoted = f"{published[rung]:.2f}" if rung in published else ""
+        lines.append([rung, quoted, *(mean(comparison.top1(name, rung).values()) for name in comparison.ladders)])
+    ladder = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [["the second beside the first", "paper", *budgets], ["---"] * (2 + len(budgets))]
+    for first, second, found in comparison.differences():
+        quoted = f"{published[second] - published[first]:+.2f}" if {first, second} <= published.keys() else ""
+        lines.append([f"{first} → {second}", quoted, *(str(one) if one else "" for one in found)])
+    return ladder + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean(values: Iterable[float]) -> str:
+    """Mean, standard deviation and number of seeds."""
+    values = list(values)
+    if len(values) < 2:
+        return f"{values[0]:.2f} (1 seed)" if values else ""
+    return f"{fmean(values):.2f} ± {stdev(values):.2f} ({len(values)} seeds)"
+
+
+def finished(runs: Sequence[Run]) -> list[Record]:
+    """Records of those runs that are finished."""
+    return [
+        record(run)
+        for run in runs
+        if run.read("evaluation.json")
+        and sum(one["kind"] == "epoch" for one in run.metrics()) >= run.recipe().optim.epochs
+    ]
