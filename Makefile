@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart
 
-.PHONY: help quickstart test timm-tests ci lint format types resume-trials install clean
+.PHONY: help quickstart test timm-tests ladder-smoke ci lint format types resume-trials install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -22,7 +22,12 @@ test: install ## all tests
 timm-tests: install ## timm's own model tests on these models; fetches timm's source distribution, once
 	$(BIN)/python tests/timm_suite.py
 
-ci: lint types test timm-tests ## what a change must pass
+ladder-smoke: install ## two rungs and two seeds of a ladder on the built-in digits, and its page, in a minute
+	$(BIN)/riformer ladder --recipe quickstart --rungs '["identity","full"]' --seeds [0,1] --jobs 2 --out runs/ladder-smoke \
+		--optim.epochs 3 --optim.warmup-epochs 0 --teacher.epochs 3
+	$(BIN)/riformer report --ladder runs/ladder-smoke
+
+ci: lint types test ladder-smoke timm-tests ## what a change must pass
 
 lint: install ## style, imports pointing one way, comparisons whose result is dropped
 	$(BIN)/ruff check .

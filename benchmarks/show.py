@@ -1,4 +1,4 @@
-"""Writes the recorded results of the speed scripts into docs/speed.md and the README, between their markers.
+"""Writes the recorded results into docs/speed.md, docs/results.md and the README, between their markers; draws a figure.
 
 python benchmarks/show.py
 """
@@ -11,8 +11,11 @@ from typing import Any
 
 from common import RESULTS
 
-from riformer.atomic import write_text
-from riformer.study.quoted import QUOTED
+from riformer.atomic import replace_file, write_text
+from riformer.study.comparison import Comparison, markdown
+from riformer.study.ladder_report import forest
+from riformer.study.page import drawing
+from riformer.study.quoted import LADDER, QUOTED
 from riformer.study.speed_report import network_name, where
 
 INSTRUCTIONS = {"amx": "AMX", "avx512_bf16": "AVX-512 and its bf16", "avx512": "AVX-512", "avx2": "AVX2"}
@@ -79,6 +82,11 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
+def ladder() -> Comparison:
+    """The records of the ladder."""
+    return Comparison(json.loads(file.read_text()) for file in sorted((RESULTS / "ladder").glob("*.json")))
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     """What stands between the markers of each page, by marker."""
 
@@ -87,7 +95,13 @@ def blocks() -> dict[Path, dict[str, str]]:
 
     made = {name: table(read(name)) for name in ("cpu_riformer_s12", "cpu_riformer_m36", "throughput")}
     made |= {"resolution": pace(read("resolution")), "latency": shares(RESULTS / "latency")}
-    return {ROOT / "docs" / "speed.md": made, ROOT / "README.md": {"speed": headline(read("cpu_riformer_s12"))}}
+    found = ladder()
+    told = "\n".join(found.headline())
+    return {
+        ROOT / "docs" / "speed.md": made,
+        ROOT / "docs" / "results.md": {"ladder_headline": told, "ladder": markdown(found, LADDER)},
+        ROOT / "README.md": {"speed": headline(read("cpu_riformer_s12")), "ladder": told},
+    }
 
 
 def main() -> None:
@@ -99,6 +113,8 @@ def main() -> None:
             if count != 1:
                 raise SystemExit(f"{path} has {count} places for {name}")
         write_text(path, page)
+    with drawing(), replace_file(RESULTS / "ladder.svg") as beside:
+        forest(ladder()).savefig(beside, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -120,6 +120,17 @@ def test_eval_of_a_run_agrees_with_eval_of_its_model_on_the_same_data(run, capsy
     assert capsys.readouterr().out.count(f"{before:.2f}") == 2  # as saved, and fused
 
 
+def test_eval_on_a_folder_without_splits_takes_all_its_images(image_folder, tmp_path, capsys):
+    data = [f"--data.name=folder:{image_folder}", "--optim.batch-size=10"]
+    assert cli.run("train", ["--out", str(tmp_path / "run"), *SMALL[:3], *data]) == 0
+    for arguments in (["--data", f"folder:{image_folder}"], [f"--data=folder:{image_folder}"]):
+        capsys.readouterr()
+        assert cli.run("eval", [str(tmp_path / "run" / "best"), *arguments]) == 0
+        assert capsys.readouterr().out.count(" 60 ") == 2
+    assert cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}", "--split", "val"]) == 0
+    assert capsys.readouterr().out.count(" 12 ") == 2
+
+
 def test_eval_of_a_split_is_that_of_the_run(image_folder, tmp_path, capsys):
     """Evaluated on its val, a run of another seed than 0 sees the images that it held out."""
     data = ["--data.name", f"folder:{image_folder}", "--seed", "1", "--optim.batch-size=10"]

@@ -1,6 +1,7 @@
 """Verbs that train and evaluate."""
 
 import os
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -90,11 +91,14 @@ def evaluate(argv: list[str]) -> int:
     """Accuracy before and after the fuse.
 
     Of a run: on its own data, with its teacher, parity and speed; recorded in the run folder. Of any saved model, or
-    with --data.name: on the data given, with the model's own preprocessing and class names.
+    with --data.name (--data for short): on the data given, with the model's own preprocessing and class names; of a
+    folder of class folders without splits, on all its images.
     """
+    argv = [re.sub(r"^--data(?==|$)", "--data.name", argument) for argument in argv]
     parser = verb_parser("eval", evaluate)
     parser.add_argument("model", type=str, help="run folder, model folder or weights file")
-    parser.add_argument("--split", type=str, default="", help="train, val or test (default: test where there is one)")
+    split_help = "train, val or test (default: test where there is one)"
+    parser.add_argument("--split", type=str, default="", help=split_help)
     for name in ("name", "root", "val_fraction", "on_bad", "num_workers"):
         default = "" if name == "name" else getattr(DataConfig(), name)
         parser.add_argument(f"--data.{name}", type=get_type_hints(DataConfig)[name], default=default, help="see train")

@@ -100,8 +100,9 @@ def evaluate_model(
 ) -> dict[str, Evaluation]:
     """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
 
-    The data's classes are found among the model's by name. `split` is train, val or test; empty takes test, else val.
-    `seed` and `record` are those of the run whose split it is, where it is a run's.
+    The data's classes are found among the model's by name. `split` is train, val or test; empty takes test, else val,
+    and of a folder that has no splits all images. `seed` and `record` are those of the run whose split it is, where it
+    is a run's.
 
     Raises:
         ValueError: the data has no such split, or a class that the model does not know.
@@ -111,7 +112,8 @@ def evaluate_model(
         data, img_size=config["input_size"][-1], **{name: config[name] for name in ("crop_pct", "mean", "std")}
     )
     dataset = open_dataset(data, seed, record)
-    split = _chosen_split(dataset, split)
+    whole = dataset.held_out and not split and record is None
+    parts = ("train", "val") if whole and "test" not in dataset.splits else (_chosen_split(dataset, split),)
     names = list(config.get("label_names") or dataset.classes)
     if len(names) != model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes without names, but the data has {len(names)}")
@@ -120,7 +122,7 @@ def evaluate_model(
     own_index = torch.tensor([names.index(name) for name in dataset.classes])
 
     def batches() -> Any:
-        return ((x, own_index[y]) for x, y in eval_batches(dataset.splits[split], data, BATCH_SIZE))
+        return ((x, own_index[y]) for part in parts for x, y in eval_batches(dataset.splits[part], data, BATCH_SIZE))
 
     forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}

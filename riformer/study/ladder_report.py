@@ -60,7 +60,7 @@ def write_ladder_report(folders: Sequence[Path], destination: Path) -> Path:
         figures = {
             "steps": _accuracy_over_steps(comparison),
             "curves": _curves(comparison),
-            "forest": forest(comparison),
+            "forest": svg(forest(comparison), "forest"),
             "latency": _accuracy_over_latency(comparison, rates),
             "features": _features(models, images),
             "fields": _receptive_fields(models, images),
@@ -145,8 +145,8 @@ def _num_rungs(comparison: Comparison, ladder: str) -> int:
     return len({one["rung"] for one in comparison.records if one["ladder"] == ladder})
 
 
-def forest(comparison: Comparison) -> str:
-    """Every step's paired difference with its 95 % interval, a color for each budget."""
+def forest(comparison: Comparison) -> Any:
+    """Every step's paired difference with its 95 % interval, a color for each budget, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     rows = comparison.differences()
@@ -174,7 +174,7 @@ def forest(comparison: Comparison) -> str:
         xlabel="points of top-1", title="the second beside the first, paired by seed, 95 % interval; grey: it holds 0"
     )
     axes.legend(loc="lower right")
-    return svg(figure, "forest")
+    return figure
 
 
 def _accuracy_over_latency(comparison: Comparison, rates: dict[str, list[float]]) -> str:

@@ -61,7 +61,8 @@ class ImageList:
 class Dataset:
     """The classes, the splits ("train", "val" and mostly "test"), and what was left out.
 
-    `skipped` has a {"path", "reason"} for each unreadable image; `num_ignored` counts files that are no images.
+    `skipped` has a {"path", "reason"} for each unreadable image; `num_ignored` counts files that are no images;
+    `held_out` says whether val was drawn from what the data have as one.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Dataset:
     splits: dict[str, ImageList]
     skipped: list[dict[str, str]] = field(default_factory=list)
     num_ignored: int = 0
+    held_out: bool = False
 
     def record(self) -> dict[str, Any]:
         """All of this as JSON types, with the names of the images in each split by class; see `open_dataset`."""
@@ -166,10 +168,12 @@ def _folder(config: DataConfig, seed: int, record: dict[str, Any] | None) -> Dat
         lost = [name for name, images in part.items() if not images]
         if lost and (split == "train" or len(lost) == len(part)):
             raise ValueError(f"none of the images in {split} of class {', '.join(lost)} in {root} can be read")
-    if "val" not in kept:
+    held_out = "val" not in kept
+    if held_out:
         kept["train"], kept["val"] = hold_out(kept["train"], config.val_fraction, seed)
     splits = {split: _from_files(root, list(kept["train"]), part, hashes) for split, part in kept.items()}
-    return Dataset(config.name, tuple(kept["train"]), splits, record["skipped"] if record else skipped, num_ignored)
+    left_out = record["skipped"] if record else skipped
+    return Dataset(config.name, tuple(kept["train"]), splits, left_out, num_ignored, held_out)
 
 
 def _from_files(root: Path, classes: list[str], images: dict[str, list[str]], hashes: dict[str, str]) -> ImageList:
