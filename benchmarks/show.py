@@ -1,4 +1,4 @@
-"""Writes the recorded results into docs/speed.md, docs/results.md and the README, between their markers; draws a figure.
+"""Writes the recorded results into docs/ and the README, between their markers, and draws the ladder's figure.
 
 python benchmarks/show.py
 """

@@ -259,6 +259,8 @@ def full(recipe: Recipe) -> Recipe:
 
 
 def _depths(recipe: Recipe) -> tuple[int, ...]:
+    if recipe.model.name not in DEPTHS:
+        raise ValueError(f"model.name is {recipe.model.name!r}, but this rung is of {', '.join(DEPTHS)}")
     return recipe.model.depths or DEPTHS[recipe.model.name]
 
 

@@ -9,13 +9,28 @@ import timm
 
 import riformer
 from riformer.config import DistillConfig, ModelConfig, OptimConfig, Recipe, check, from_dict, to_dict
-from riformer.recipes import DEFAULT_RUNGS, FULL, RECIPES, RUNGS, labels, labels_long, teacher_recipe
+from riformer.model.variants import VARIANTS
+from riformer.recipes import (
+    DEFAULT_RUNGS,
+    DEPTHS,
+    FULL,
+    RECIPES,
+    RUNGS,
+    at_budget,
+    labels,
+    labels_long,
+    teacher_recipe,
+)
 from riformer.study.cost import gpu_hours
 
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_rung_of_every_recipe_is_sound_and_round_trips_or_says_why_not(name, rung):
+    if rung in ("mixer-first", "mixer-last", "deeper") and name.startswith("gfnet"):
+        with pytest.raises(ValueError, match=r"model\.name is 'gfnet_h_\w+', but this rung is of riformer_s12, "):
+            RUNGS[rung](RECIPES[name]())
+        return
     recipe = RUNGS[rung](RECIPES[name]())
     assert recipe.name.startswith(name)
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
@@ -28,13 +43,17 @@ def test_every_rung_of_every_recipe_is_sound_and_round_trips_or_says_why_not(nam
             ValueError, match="schedule is 'first_phase', but has no effect: the imitation weights are 0"
         ):
             check(recipe)
-    elif rung in ("mixer", "identity", "deleted") and name.startswith("gfnet"):
+    elif rung == "fitted" and (name in BASELINES or name.endswith("-384")):
+        with pytest.raises(ValueError, match="module_teacher is '', but imitation, the start or the fit needs one"):
+            check(recipe)
+    elif rung in OWN_MIXERS and name.startswith("gfnet"):
         with pytest.raises(ValueError, match=r"model\.mixer is .*gfnet_h_\w+ is no riformer_"):
             check(recipe)
     else:
         check(recipe)
 
 
+OWN_MIXERS = ("mixer", "identity", "deleted", "overlap")
 BASELINES = ("poolformer-s12", "identityformer-s12", "gfnet-h-ti", "gfnet-h-s", "gfnet-h-b")
 
 
@@ -109,7 +128,12 @@ def test_the_rungs_of_the_papers_ladder():
     }
     assert [name for name, rung in rungs.items() if rung.distill.start_from_teacher] == ["full"]
     more = {name: RUNGS[name](recipe) for name in RUNGS if name not in ("labels", "labels-long", *rungs)}
-    assert len(more) == 11
+    assert len(more) == 16
+    assert more["mixer-first"].model.mixer == ("pooling", "affine", "affine", "affine")
+    assert more["mixer-last"].model.mixer == ("affine", "affine", "affine", "pooling")
+    assert (more["overlap"].model.mixer, more["overlap"].model.down_patch) == ("nothing", 6)
+    assert (more["deeper"].model.mixer, more["deeper"].model.depths) == ("nothing", (2, 2, 7, 2))
+    assert more["fitted"].distill == dataclasses.replace(recipe.distill, fit_affine_batches=8)
     assert more["deleted"].model.mixer == "nothing"
     assert (more["soft-labels"].distill.label_weight, more["soft-labels"].distill.soft_weight) == (0.5, 0.5)
     assert more["hard-alone"].distill.weights == {**rungs["hard"].distill.weights, "label": 0.0, "hard": 1.0}
@@ -128,6 +152,22 @@ def test_the_rungs_of_the_papers_ladder():
         changed = dataclasses.replace(rung, name=recipe.name, model=recipe.model, distill=recipe.distill)
         assert changed == recipe
     assert RUNGS["mixer"](RECIPES["quickstart"]()).model.mixer == "global_filter"
+
+
+def test_rungs_know_the_depths_of_the_networks():
+    assert {name: sizes["depths"] for name, sizes in VARIANTS.items()} == DEPTHS
+
+
+def test_a_budget_multiplies_the_epochs_of_student_and_teacher():
+    recipe = RECIPES["glyphs"]()
+    long = at_budget(recipe, 3)
+    assert (long.name, long.optim.epochs, long.teacher.epochs) == ("glyphs-3x", 27, 27)
+    assert long.optim.warmup_epochs == pytest.approx(3 * recipe.optim.warmup_epochs)
+    same = {"epochs": recipe.optim.epochs, "warmup_epochs": recipe.optim.warmup_epochs}
+    back = dataclasses.replace(long, name=recipe.name, optim=dataclasses.replace(long.optim, **same))
+    assert dataclasses.replace(back, teacher=recipe.teacher) == recipe
+    with pytest.raises(ValueError, match="a budget is 0; it must be 1 or more"):
+        at_budget(recipe, 0)
 
 
 def test_the_rungs_of_a_ladder_are_the_controls_unless_told_otherwise():
@@ -188,7 +228,7 @@ def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_lon
         ({"mixer_weight": float("nan")}, r"distill\.mixer_weight is nan"),
         ({"hard_weight": 1.0}, "logit_teacher is '', but soft_weight or hard_weight needs one"),
         ({"logit_teacher": "own"}, "soft_weight and hard_weight are 0"),
-        ({"block_weight": 1.0}, "module_teacher is '', but imitation or the start needs one"),
+        ({"block_weight": 1.0}, "module_teacher is '', but imitation, the start or the fit needs one"),
         ({"start_from_teacher": True}, "module_teacher is ''"),
         ({"module_teacher": "own"}, "nothing is taken from it"),
         ({"schedule": "cosine"}, "has no effect: the imitation weights are 0"),

@@ -125,7 +125,7 @@ def test_the_ten_riformers_of_mmpretrain(size, form, img_size, tmp_path):
     model = weights._load(tmp_path / "file.pth", name)
     assert_landed(model, entries)
     assert sum(p.numel() for p in model.parameters()) == NUM_PARAMS[size][form == "deploy"]
-    assert model.mixers == ["affine" if form == "training" else "identity"] * 4
+    assert model.mixers == ["affine" if form == "training" else "identity"] * len(model.mixers)
     config = model.pretrained_cfg
     assert config["input_size"] == (3, img_size, img_size)
     assert config["crop_pct"] == (0.95 if size.startswith("m") else 0.9)
@@ -138,7 +138,7 @@ def test_the_five_poolformers_of_their_authors(size, tmp_path):
     model = riformer.load(tmp_path / "file.pth.tar")
     assert_landed(model, entries)
     assert model.pretrained_cfg["architecture"] == f"riformer_{size}"
-    assert model.mixers == ["pooling"] * 4
+    assert set(model.mixers) == {"pooling"}
 
 
 @pytest.mark.parametrize("name", GFNETS)

@@ -63,6 +63,45 @@ def test_start_values():
     assert sum(bias.abs().sum().item() for bias in biases) == 0
 
 
+def test_first_weights_have_the_standard_deviation_asked_for():
+    torch.manual_seed(0)
+    model = tiny(init_std=0.1, num_classes=1000)
+    for weight in (model.stages[3].blocks[0].mlp.fc1.weight, model.head.fc.weight):
+        assert weight.std().item() == pytest.approx(0.1, rel=0.1)
+    model.reset_classifier(2000)
+    assert model.head.fc.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "expected"),
+    [
+        ("affine", ["affine"] * 5),
+        (["pooling", "affine", "identity", "nothing"], ["pooling", "affine", "affine", "identity", "nothing"]),
+        (["pooling", "affine", "pooling", "identity", "nothing"],) * 2,
+    ],
+    ids=["one", "by stage", "by block"],
+)
+def test_mixers_by_stage_or_by_block_survive_being_saved(mixer, expected, tmp_path):
+    model = randomised(tiny(mixer=mixer)).eval()
+    assert model.mixers == expected
+    riformer.save(model, tmp_path / "model")
+    loaded = riformer.load(tmp_path / "model")
+    assert loaded.mixers == expected
+    torch.testing.assert_close(loaded(images()), model(images()))
+    fused = riformer.fuse(loaded)
+    assert fused.mixers == [name if name == "pooling" else "identity" for name in expected]
+    torch.testing.assert_close(fused(images()), model(images()), atol=1e-5, rtol=1e-5)
+
+
+def test_kernels_between_stages_that_do_not_overlap():
+    model = tiny(stem_patch=4, stem_stride=4, down_patch=2).eval()
+    assert [tuple(stage.downsample.conv.weight.shape[2:]) for stage in model.stages[1:]] == [(2, 2)] * 3
+    x = images().requires_grad_()
+    model.stages[1].downsample(model.stem(x))[:, :, 2, 3].sum().backward()
+    assert x.grad.abs().sum((0, 1)).nonzero().aminmax(dim=0).min.tolist() == [16, 24]
+    assert x.grad.abs().sum((0, 1)).nonzero().aminmax(dim=0).max.tolist() == [23, 31]
+
+
 def test_a_fresh_mixer_branch_is_exact_identity():
     block = tiny().eval().stages[0].blocks[0]
     torch.nn.init.zeros_(block.layer_scale2.scale)
