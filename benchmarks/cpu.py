@@ -10,7 +10,7 @@ import json
 from functools import partial
 from itertools import product
 
-from common import RESULTS, options, turn_seconds
+from options import RESULTS, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import RESULTS, options, turn_seconds
+from options import RESULTS, options, turn_seconds
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table

@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common import RESULTS
+from options import RESULTS
 from rich.console import Console
 
 from riformer.atomic import write_text
 from riformer.config import ModelConfig, Recipe
 from riformer.progress import TrainProgress
-from riformer.recipes import RUNGS, at_budget, glyphs, quickstart
+from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs
 from riformer.study.comparison import Comparison, Record, markdown, record
 from riformer.study.ladder import run_ladder
 from riformer.study.quoted import LADDER
@@ -40,10 +40,11 @@ MAIN = ("mixer", "identity", "deleted", "hard", "soft", "affine", "imitation", "
 PLAN = (  # in the order of its worth
     Part(MAIN, 1, (0, 1, 2)),
     Part(("mixer", "deleted", "full", "mixer-last"), 3, (0, 1, 2)),
-    Part(("mixer-last", "overlap", "mixer-first", "fitted", "deeper"), 1, (0, 1, 2)),
+    Part(("mixer-last", "overlap", "mixer-first", "fitted"), 1, (0, 1, 2)),
     Part(("mixer", "deleted", "full"), 9, (0,)),
-    Part(("overlap", "soft"), 3, (0, 1, 2)),
+    Part(("overlap", "soft", "deeper"), 3, (0, 1, 2)),
     Part(MAIN, 1, (3, 4)),
+    Part(("mixer", "deleted", "full"), 9, (1, 2)),
 )
 GPU = (Part(("mixer", "deleted", "soft", "affine", "imitation", "full"), 1, (0, 1, 2)),)
 SMOKE = (Part(("identity", "full"), 1, (0, 1)),)
@@ -52,7 +53,7 @@ SMOKE = (Part(("identity", "full"), 1, (0, 1)),)
 def small() -> Recipe:
     """The recipe glyphs for 3 epochs, the smallest budget."""
     base = glyphs()
-    optim = replace(base.optim, epochs=3, warmup_epochs=0.3)
+    optim = replace(base.optim, epochs=3, warmup_epochs=0.1 * 3)
     return replace(base, teacher=replace(base.teacher, epochs=3), optim=optim)
 
 
@@ -63,30 +64,35 @@ def s12() -> Recipe:
     return replace(
         base,
         name="glyphs-s12",
-        data=replace(base.data, img_size=64),
+        data=replace(base.data, img_size=64, num_workers=8),
         model=ModelConfig(drop_path_rate=0.1),
         teacher=replace(base.teacher, mixer="pooling", epochs=100, lr=2e-3),
         optim=optim,
     )
 
 
-def smoke() -> Recipe:
-    """An epoch of the quickstart."""
-    base = quickstart()
-    optim = replace(base.optim, epochs=1, warmup_epochs=0)
-    return replace(base, teacher=replace(base.teacher, epochs=1), optim=optim)
+def smoke(base: Recipe) -> Recipe:
+    """An epoch on the built-in digits, of a network that is as small as its stages allow."""
+    model = replace(base.model, depths=tuple(1 for _ in DEPTHS[base.model.name]))
+    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=50)
+    data = replace(base.data, name="digits", root="", num_workers=0)
+    return replace(base, data=data, model=model, teacher=replace(base.teacher, epochs=1), optim=optim)
 
 
 def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: int, console: Console) -> None:
-    """Runs what has no record yet, and writes its record."""
+    """Runs what has no record yet, and writes its record. Finished runs that are still there lend their teachers."""
     for part in plan:
         recipes = [RUNGS[rung](at_budget(base, part.budget)) for rung in part.rungs]
         for seed in part.seeds:
             files = {recipe.name: out / f"{recipe.name}-seed{seed}.json" for recipe in recipes}
             todo = [recipe for recipe in recipes if not files[recipe.name].exists()]
+            lender = RUNGS["mixer"](at_budget(base, part.budget))
+            if todo and lender not in todo and (runs / f"{lender.name}-seed{seed}").is_dir():
+                todo.insert(0, lender)
             with TrainProgress(console) as progress:
                 for run in run_ladder(todo, [seed], runs, progress, jobs):
-                    write_text(files[run.recipe().name], json.dumps(record(run)) + "\n")
+                    if (name := run.recipe().name) in files:
+                        write_text(files[name], json.dumps(record(run)) + "\n")
 
 
 def read(folder: Path) -> list[Record]:
@@ -105,12 +111,16 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two rungs and two seeds on digits, to see that all runs")
     given = parser.parse_args()
     console = Console(width=160)
-    out = given.out or RESULTS / ("ladder_s12" if given.gpu else "ladder")
+    name = "ladder_s12" if given.gpu else "ladder"
+    out = given.out or (given.runs / "records" if given.smoke else RESULTS / name)
     if not given.table:
-        base, plan = (smoke(), SMOKE) if given.smoke else (s12(), GPU) if given.gpu else (small(), PLAN)
-        base = base if given.smoke else replace(base, data=replace(base.data, root=given.root))
+        base, plan = (s12(), GPU) if given.gpu else (small(), PLAN)
+        base = replace(base, data=replace(base.data, root=given.root))
+        base, plan = (smoke(base), SMOKE) if given.smoke else (base, plan)
         measure(base, plan, given.runs, out, given.jobs, console)
-    comparison = Comparison(read(out))
+    if not (records := read(out)):
+        parser.error(f"nothing is recorded in {out}: run it without --table first")
+    comparison = Comparison(records)
     console.print(markdown(comparison, LADDER), markup=False, highlight=False, soft_wrap=True)
     for sentence in comparison.headline():
         console.print(sentence, highlight=False, soft_wrap=True)

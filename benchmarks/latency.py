@@ -6,7 +6,7 @@ python benchmarks/latency.py
 import json
 
 import torch
-from common import RESULTS, options
+from options import RESULTS, options
 from rich.console import Console
 
 from riformer.atomic import write_text

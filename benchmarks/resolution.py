@@ -6,7 +6,7 @@ python benchmarks/resolution.py
 from functools import partial
 
 import torch
-from common import RESULTS, options, turn_seconds
+from options import RESULTS, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS
+from options import RESULTS
 
 from riformer.atomic import replace_file, write_text
 from riformer.study.comparison import Comparison, markdown

@@ -10,7 +10,7 @@ RIFormers also on their own runtime. `riformer report` renders the result beside
 from functools import partial
 
 import torch
-from common import RESULTS, options, turn_seconds
+from options import RESULTS, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench

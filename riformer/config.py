@@ -311,14 +311,16 @@ def check(recipe: Recipe) -> None:
         f"there are {len(teachers)} logit teachers",
     )
     refuse(distill, "logit_teacher_weights", any(share <= 0 for share in shares), "shares must be positive")
-    takes = imitation or distill.start_from_teacher or distill.fit_affine_batches
-    why = "imitation, the start or the fit needs one"
-    refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, why)
+    takes = imitation or distill.start_from_teacher
+    refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
     refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
     overwritten = bool(recipe.model.start) and distill.start_from_teacher
     refuse(recipe.model, "start", overwritten, "distill.start_from_teacher would overwrite it; set one of the two")
-    without = "affine" not in recipe.model.mixer
-    refuse(distill, "fit_affine_batches", bool(distill.fit_affine_batches) and without, "model.mixer has no affine")
+    fits, foreign = distill.fit_affine_batches > 0, not recipe.model.name.startswith("riformer_")
+    without = "affine" not in recipe.model.mixer or foreign
+    refuse(distill, "fit_affine_batches", fits and without, f"{recipe.model.name} has no affine here")
+    why = "affines are fitted behind the teacher's norms: set start_from_teacher"
+    refuse(distill, "fit_affine_batches", fits and not distill.start_from_teacher, why)
 
     # kept teacher outputs
     keeps, always = distill.cache_augmentations > 0, distill.schedule != "first_phase" or distill.phase == 1
@@ -347,7 +349,6 @@ def check(recipe: Recipe) -> None:
         changed = getattr(section, name) != getattr(type(section)(), name)
         refuse(section, name, changed and not unless, f"has no effect: {why}")
 
-    foreign = not recipe.model.name.startswith("riformer_")
     for name in ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init"):
         idle(recipe.model, name, not foreign, f"{recipe.model.name} is no riformer_*; use model.args")
     idle(recipe.teacher, "args", recipe.teacher.name, "teacher.name is empty")

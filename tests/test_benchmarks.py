@@ -11,6 +11,7 @@ from scripts import ROOT, load_script
 
 from riformer.config import check
 from riformer.recipes import RUNGS, at_budget
+from riformer.train.run import Run
 
 BENCHMARKS = ROOT / "benchmarks"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side
@@ -80,7 +81,7 @@ def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
 
     first = run("--smoke")
     files = sorted((tmp_path / "records").iterdir())
-    names = [f"quickstart-1x{rung}-seed{seed}.json" for rung in ("-identity", "") for seed in (0, 1)]
+    names = [f"glyphs-1x{rung}-seed{seed}.json" for rung in ("-identity", "") for seed in (0, 1)]
     assert [file.name for file in files] == names
     records = {file.name: json.loads(file.read_text()) for file in files}
     for record in records.values():
@@ -90,19 +91,30 @@ def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
     files[0].unlink()
     shutil.rmtree(tmp_path / "runs")
     again = run("--smoke", "--runs", str(tmp_path / "elsewhere"))
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["quickstart-1x-identity-seed0"]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["glyphs-1x-identity-seed0"]
     repeated = json.loads(files[0].read_text())
     assert repeated["losses_sha256"] == records[files[0].name]["losses_sha256"]
     assert repeated["top1"] == records[files[0].name]["top1"]
     assert again == first == run("--table")
 
 
+def test_the_ladder_of_s12_runs_small(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "ladder.py"), "--gpu", "--smoke"]
+    result = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs" / "ladder").glob("glyphs-s12-1x-seed0")
+    recipe = Run(run).recipe()
+    assert (recipe.model.name, recipe.optim.precision, recipe.optim.compile) == ("riformer_s12", "bf16", True)
+    assert (recipe.optim.channels_last, recipe.augment.policy, recipe.data.img_size) == (True, "warp", 64)
+    assert "| full | 75.36 |" in result.stdout
+
+
 def test_the_ladders_plans_name_rungs_and_s12_is_what_it_says():
     ladder = load_script("benchmarks/ladder.py")
-    for part in (*ladder.PLAN, *ladder.GPU, *ladder.SMOKE):
-        for rung in part.rungs:
-            check(RUNGS[rung](at_budget(ladder.small(), part.budget)))
+    for base, plan in ((ladder.small(), ladder.PLAN), (ladder.s12(), ladder.GPU), (ladder.small(), ladder.SMOKE)):
+        for part in plan:
+            for rung in part.rungs:
+                check(RUNGS[rung](at_budget(base, part.budget)))
     recipe = ladder.s12()
-    check(recipe)
     assert (recipe.model.name, recipe.model.depths, recipe.data.img_size) == ("riformer_s12", None, 64)
     assert recipe.optim.epochs >= 100

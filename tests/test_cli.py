@@ -129,6 +129,12 @@ def test_eval_on_a_folder_without_splits_takes_all_its_images(image_folder, tmp_
         assert capsys.readouterr().out.count(" 60 ") == 2
     assert cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}", "--split", "val"]) == 0
     assert capsys.readouterr().out.count(" 12 ") == 2
+    assert cli.run("eval", [str(tmp_path / "run"), "--data", f"folder:{image_folder}"]) == 0
+    assert capsys.readouterr().out.count(" 12 ") == 2  # of its own images, those that it did not train on
+    for path in sorted((image_folder / "one").iterdir())[1:]:
+        path.unlink()
+    assert cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}"]) == 0
+    assert capsys.readouterr().out.count(" 41 ") == 2
 
 
 def test_eval_of_a_split_is_that_of_the_run(image_folder, tmp_path, capsys):
@@ -185,7 +191,8 @@ def test_settings_that_would_be_ignored_are_refused(run, capsys):
     config = str(run / "recipe.json")
     assert "give one of them" in fails(capsys, "train", "--config", config, "--recipe", "photos")
     assert "give one of them" in fails(capsys, "train", "--resume", str(run), "--recipe", "photos")
-    assert "has a seed twice" in fails(capsys, "ladder", "--seeds", "[1,1]")
+    assert "--seeds [1, 1] names one twice" in fails(capsys, "ladder", "--seeds", "[1,1]")
+    assert "--rungs ['soft', 'soft'] names one twice" in fails(capsys, "ladder", "--rungs", "[soft,soft]")
 
 
 def test_models_in_float64_are_evaluated_fused_and_asked(run, image_folder, tmp_path):

@@ -62,6 +62,19 @@ def test_it_opens_as_a_data_set(rendered):
     assert sum(map(len, data.splits.values())) == len(np.load(rendered / "glyphs.npz")["label"])
 
 
+def test_families_that_share_a_face_are_one_and_copies_are_left_out(script):
+    drawn = np.random.default_rng(0).integers(0, 256, (4, 34, 16, 16), np.uint8).repeat(4, 2).repeat(4, 3)
+    near = drawn[0].copy()
+    near[:6] = drawn[3][:6] // 6 + near[:6] // 6 * 5  # alike, but no copy
+    faces = [
+        *(script.Face("beta", drawn[0]), script.Face("alpha", near), script.Face("gamma", drawn[1])),
+        *(script.Face("gamma", drawn[2]), script.Face("delta", drawn[2])),
+    ]
+    kept = script.linked(faces)
+    assert [face.family for face in kept] == ["alpha", "alpha", "delta", "delta"]
+    assert [face.images is one for face, one in zip(kept, (drawn[0], near, drawn[1], drawn[2]), strict=True)]
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [

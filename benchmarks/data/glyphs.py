@@ -6,7 +6,8 @@
 A-Z and 2-9, light on black, 64 x 64 pixels, the longest side 48, centred; 0 and 1 look like O and I, lower case like
 upper case. Left out are faces that lack a letter, show the same sign for several, or do not look like letters. Faces of
 one family, and families that share a face under another name, are in one split; of a family at most eight. Which split
-follows from the family's name: about 75 % train, 10 % val, 15 % test, and more fonts move none of them.
+follows from the family's name: about 75 % train, 10 % val, 15 % test. More fonts move a family only where one of them
+links it to another.
 
 Needs fontTools, which comes with matplotlib. Check the licences of your fonts before you pass the file on.
 """

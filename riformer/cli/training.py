@@ -69,16 +69,18 @@ def ladder(argv: list[str]) -> int:
     parser = recipe_parser("ladder", ladder, given)
     rungs_help = "what to compare, see `riformer list`"
     parser.add_argument("--rungs", type=list[str], default=list(DEFAULT_RUNGS), help=rungs_help)
-    budgets_help = "how many times the recipe's epochs, those of its teacher too; several show what lasts"
-    parser.add_argument("--budgets", type=list[int], default=[1], help=budgets_help)
+    budgets_help = (
+        "how many times the recipe's epochs, those of its teacher too; several show what lasts (default: once)"
+    )
+    parser.add_argument("--budgets", type=list[int], default=[], help=budgets_help)
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each rung")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
     options, recipe = parse_recipe(parser, base, argv)
-    for name in ("seeds", "budgets"):
+    for name in ("rungs", "seeds", "budgets"):
         if len(set(getattr(options, name))) < len(getattr(options, name)):
             raise ValueError(f"--{name} {getattr(options, name)} names one twice")
-    bases = [recipe if options.budgets == [1] else at_budget(recipe, budget) for budget in options.budgets]
+    bases = [at_budget(recipe, budget) for budget in options.budgets] or [recipe]
     rungs = [RUNGS[known(name, RUNGS, "rung")](base) for base in bases for name in options.rungs]
     with TrainProgress(main_console()) as progress:
         folder = Path(options.out or f"runs/{recipe.name}")
@@ -105,7 +107,8 @@ def evaluate(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     path, run = Path(options.model), Run(options.model)
     is_run = (path / "recipe.json").is_file()
-    if is_run and not options.data.name:
+    recipe = run.recipe() if is_run else None
+    if recipe and not options.data.name:
         if ignored := [argument for argument in argv if argument.startswith("--data.")]:
             raise ValueError(
                 f"{path} is evaluated on its own data, which {' '.join(ignored)} would change; add --data.name"
@@ -114,8 +117,10 @@ def evaluate(argv: list[str]) -> int:
             evaluate_run(path)
             print_runs([run], main_console())
             return 0
-        recipe = run.recipe()
         data, origin = recipe.data, {"seed": recipe.seed, "record": run.read("data.json")}
+    elif recipe and options.data.name == recipe.data.name:  # of what it trained on, what it did not train on
+        data = DataConfig(**vars(options.data))
+        origin = {"seed": recipe.seed, "record": run.read("data.json")}
     elif options.data.name:
         data, origin = DataConfig(**vars(options.data)), {}
     else:

@@ -238,11 +238,17 @@ class Imitation:
 
 
 @torch.no_grad()
-def fit_affines(student: nn.Module, teacher: Teacher, batches: Iterable[Tensor]) -> None:
+def fit_affines(
+    student: nn.Module,
+    teacher: Teacher,
+    batches: Iterable[Tensor],
+    over_processes: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> None:
     """Gives each affine of the student the s and t that are nearest to its teacher's mixer, in place.
 
     Least squares over all images and tokens, channel by channel: `(s - 1) y + t` for what the mixer in the block of the
-    same place makes of the norm's output y. Both are networks of one size.
+    same place makes of the norm's output y. Both are networks of one size. `over_processes` takes the mean of a tensor
+    over the processes, each of which has its own share of the images.
 
     Choice: not in the paper, whose affines start at s = 1, t = 0.
 
@@ -268,7 +274,7 @@ def fit_affines(student: nn.Module, teacher: Teacher, batches: Iterable[Tensor])
                 moments = (torch.ones_like(y), y, mixed, y * y, y * mixed)
                 total += torch.stack([moment.sum((0, 2, 3)) for moment in moments]).cpu()
     for block, affine in affines.items():
-        count, y, mixed, square, product = sums[block]
+        count, y, mixed, square, product = over_processes(sums[block].to(affine.weight.device))
         slope = (product - y * mixed / count) / (square - y * y / count).clamp(min=1e-12 * count)
         affine.weight.copy_(1 + slope)
         affine.bias.copy_((mixed - slope * y) / count)

@@ -5,9 +5,10 @@ A record is what is kept of a finished run: small, and enough for every table. E
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from math import log2, sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -48,21 +49,20 @@ def record(run: Run) -> Record:
     Raises:
         ValueError: the run is not finished.
     """
-    recipe, evaluation, lines = run.recipe(), run.read("evaluation.json"), run.metrics()
-    epochs = [line for line in lines if line["kind"] == "epoch"]
-    if evaluation is None or len(epochs) < recipe.optim.epochs:
+    if not is_finished(run):
         raise ValueError(f"{run.path} is not finished: give its command again")
+    recipe, evaluation, lines = run.recipe(), run.read("evaluation.json") or {}, run.metrics()
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    trained = run.read("env.json") or {}
     ladder, rung = split_name(recipe.name)
     return {
         **{"ladder": ladder, "rung": rung, "seed": recipe.seed, "steps": len(losses), "run": run.path.name},
         **{"split": evaluation["split"], "num_images": evaluation["num_images"]},
         "top1": {name: model["top1"] for name, model in evaluation["models"].items()},
         **{name: evaluation["models"]["deploy"][name] for name in ("params", "macs")},
-        "val_top1": [line["val_top1"] for line in epochs],
-        "seconds": sum(line["seconds"] for line in epochs),
+        "val_top1": [line["val_top1"] for line in lines if line["kind"] == "epoch"],
         "losses_sha256": hashlib.sha256(json.dumps(losses).encode()).hexdigest(),
-        "env": {key: evaluation[key] for key in ("date", "riformer", "torch", "timm", "device")},
+        "env": {key: trained.get(key) for key in ("date", "riformer", "torch", "timm", "device", "num_threads")},
         "recipe": to_dict(replace(recipe, data=replace(recipe.data, root=""))),
     }
 
@@ -107,7 +107,8 @@ class Comparison:
     """Records of one study: rungs, and ladders of different budgets, each with its seeds.
 
     Raises:
-        ValueError: there are no records, or they are of different images.
+        ValueError: there are no records, they are of different images, or two runs of one rung and ladder have the same
+            seed or differ in more than that.
     """
 
     def __init__(self, records: Iterable[Record]):
@@ -116,6 +117,14 @@ class Comparison:
         if len(images) != 1:
             raise ValueError(f"a comparison is of finished runs on the same images, but these are of {sorted(images)}")
         self.data, self.split, self.num_images = images.pop()
+        recipes: dict[tuple[str, str], Record] = {}
+        seen: dict[tuple[str, str, int], str] = {}
+        for one in self.records:
+            name, rung, recipe = one["ladder"], one["rung"], {**one["recipe"], "seed": 0}
+            if (twin := seen.setdefault((name, rung, one["seed"]), one["run"])) != one["run"]:
+                raise ValueError(f"{twin} and {one['run']} are the same rung, ladder and seed; a comparison takes one")
+            if recipes.setdefault((name, rung), recipe) != recipe:
+                raise ValueError(f"{one['run']} has other settings than the same rung with other seeds")
 
     @cached_property
     def steps(self) -> dict[str, int]:
@@ -157,19 +166,14 @@ class Comparison:
         ]
         return [row for row in rows if any(row[2])]
 
-    def gain_of_doubling(self, rung: str) -> tuple[float, int] | None:
-        """Points that a doubling adds to a rung between the two largest budgets, and the steps of the larger.
-
-        Accuracy is taken to rise evenly with the logarithm of the steps between the two.
-        """
-        ran = [name for name in self.ladders if self.top1(name, rung)]
-        if len(ran) < 2:
-            return None
-        small, large = self.top1(ran[-2], rung), self.top1(ran[-1], rung)
-        if not (seeds := small.keys() & large.keys()):
-            return None
-        gain = fmean(large[seed] - small[seed] for seed in seeds)
-        return gain / log2(self.steps[ran[-1]] / self.steps[ran[-2]]), self.steps[ran[-1]]
+    def gain_of_doubling(self, rung: str) -> tuple[str, str, Difference] | None:
+        """The two largest budgets of a rung, and the points that each doubling between them added to it, by seed."""
+        for small, large in reversed([*pairwise(self.ladders)]):
+            before, after = self.top1(small, rung), self.top1(large, rung)
+            doublings = log2(self.steps[large] / self.steps[small])
+            if doublings and (seeds := sorted(before.keys() & after.keys())):
+                return small, large, Difference({seed: (after[seed] - before[seed]) / doublings for seed in seeds})
+        return None
 
     def closed(self, ladder: str, rung: str) -> float | None:
         """Share of the gap between `deleted` and `mixer` that a rung closes, over the seeds of all three."""
@@ -179,25 +183,29 @@ class Comparison:
         return fmean(own[seed] - low[seed] for seed in seeds) / gap if gap > 0 else None
 
     def headline(self) -> list[str]:
-        """What was found, in sentences, from the largest budget at which the full recipe and the mixer's were run."""
-        told = []
-        for ladder in reversed(self.ladders):
-            if ahead := self.difference(ladder, "mixer", "full"):
-                told.append(self._verdict(ladder, ahead))
-                break
-        labels = self.gain_of_doubling("deleted")
-        if labels:
-            gain, steps = labels
-            reached = "which counts as converged" if gain < CONVERGED else f"more than {CONVERGED}: not converged"
-            told.append(f"At {steps:,} steps a doubling adds {gain:.2f} points to labels alone, {reached}.")
+        """What was found, in sentences: full against mixer at each budget, and whether labels alone have converged."""
+        told = [
+            self._verdict(ladder, ahead)
+            for ladder in reversed(self.ladders)
+            if (ahead := self.difference(ladder, "mixer", "full"))
+        ]
+        if found := self.gain_of_doubling("deleted"):
+            small, large, gain = found
+            limit = f"below the {CONVERGED} that count as converged"
+            if gain.mean >= CONVERGED:
+                limit = f"above {CONVERGED}, so that this has not converged"
+            told.append(
+                f"Between {self.steps[small]:,} and {self.steps[large]:,} steps each doubling adds {gain} points to "
+                f"labels alone without mixers: {limit}."
+            )
         return told
 
     def _verdict(self, ladder: str, ahead: Difference) -> str:
-        seeds = f"{len(ahead.by_seed)} seed{'s' * (len(ahead.by_seed) > 1)}"
         verb = "ahead of" if ahead.mean > 0 else "behind"
+        seeds = f", {len(ahead.by_seed)} seeds" if ahead.half is not None else ""
         text = (
-            f"On {self.data}, after {self.steps[ladder]:,} steps, the full recipe is {abs(ahead.mean):.2f} points "
-            f"{verb} the network that keeps its mixers ({ahead}, {seeds})"
+            f"After {self.steps[ladder]:,} steps on {self.data}, the full recipe is {abs(ahead.mean):.2f} points "
+            f"{verb} the network that keeps its mixers ({ahead}{seeds})"
         )
         share = self.closed(ladder, "full")
         if share is not None:
@@ -232,11 +240,7 @@ def mean(values: Iterable[float]) -> str:
     return f"{fmean(values):.2f} ± {stdev(values):.2f} ({len(values)} seeds)"
 
 
-def finished(runs: Sequence[Run]) -> list[Record]:
-    """Records of those runs that are finished."""
-    return [
-        record(run)
-        for run in runs
-        if run.read("evaluation.json")
-        and sum(one["kind"] == "epoch" for one in run.metrics()) >= run.recipe().optim.epochs
-    ]
+def is_finished(run: Run) -> bool:
+    """Whether the run has trained all its epochs and was evaluated."""
+    trained = sum(line["kind"] == "epoch" for line in run.metrics()) >= run.recipe().optim.epochs
+    return trained and run.read("evaluation.json") is not None

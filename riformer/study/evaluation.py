@@ -111,9 +111,8 @@ def evaluate_model(
     data = replace(
         data, img_size=config["input_size"][-1], **{name: config[name] for name in ("crop_pct", "mean", "std")}
     )
-    dataset = open_dataset(data, seed, record)
-    whole = dataset.held_out and not split and record is None
-    parts = ("train", "val") if whole and "test" not in dataset.splits else (_chosen_split(dataset, split),)
+    dataset = open_dataset(data, seed, record, whole=not split and record is None)
+    split = _chosen_split(dataset, split)
     names = list(config.get("label_names") or dataset.classes)
     if len(names) != model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes without names, but the data has {len(names)}")
@@ -122,7 +121,7 @@ def evaluate_model(
     own_index = torch.tensor([names.index(name) for name in dataset.classes])
 
     def batches() -> Any:
-        return ((x, own_index[y]) for part in parts for x, y in eval_batches(dataset.splits[part], data, BATCH_SIZE))
+        return ((x, own_index[y]) for x, y in eval_batches(dataset.splits[split], data, BATCH_SIZE))
 
     forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}

@@ -8,8 +8,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Queue, get_context
 from multiprocessing.process import BaseProcess
@@ -57,12 +57,28 @@ def run_ladder(
     ]
     lenders = _lenders(todo)
     todo_first = sorted(todo, key=lambda one: one[1] in lenders)  # who lends before who borrows
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
     if jobs > 1:
-        _train_side_by_side(todo_first, lenders, progress, jobs)
-    for recipe, path in todo_first:
-        _borrow_teacher(recipe, path, lenders.get(path))
-        train(recipe, path, progress)
-    return [run_recipe(recipe, path, progress) for recipe, path in todo]
+        _train_side_by_side(todo_first, lenders, progress, jobs, threads)
+    with _num_threads(threads):  # on which the bits of a training depend
+        for recipe, path in todo_first:
+            _borrow_teacher(recipe, path, lenders.get(path))
+            train(recipe, path, progress)
+    runs = [Run(path) for _, path in todo]
+    for run in runs:
+        if run.read("evaluation.json") is None:
+            evaluate_run(run.path)
+    return runs
+
+
+@contextmanager
+def _num_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _lenders(todo: list[tuple[Recipe, Path]]) -> dict[Path, tuple[Path, Path]]:
@@ -90,7 +106,11 @@ def _borrow_teacher(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None
 
 
 def _train_side_by_side(
-    todo: list[tuple[Recipe, Path]], lenders: dict[Path, tuple[Path, Path]], progress: Progress, jobs: int
+    todo: list[tuple[Recipe, Path]],
+    lenders: dict[Path, tuple[Path, Path]],
+    progress: Progress,
+    jobs: int,
+    threads: int,
 ) -> None:
     """Each training in a process of its own, `jobs` at a time, with its share of the cores.
 
@@ -99,10 +119,11 @@ def _train_side_by_side(
     """
     spawn = get_context("spawn")
     lines = spawn.Queue()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(todo)
     running: dict[Path, BaseProcess] = {}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trainings are ended with this one
+    before = signal.getsignal(signal.SIGTERM)
+    with suppress(ValueError):  # not the main thread: signals go where they go
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trainings are ended with this one
     try:
         while waiting or running:
             busy = {*running, *(path for _, path in waiting)}
@@ -122,7 +143,8 @@ def _train_side_by_side(
         for process in running.values():
             process.terminate()  # it saves its state and ends
             process.join()
-        signal.signal(signal.SIGTERM, before)
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _train_one(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None, lines: Queue, threads: int) -> None:

@@ -16,7 +16,7 @@ from riformer.distill.taps import tap
 from riformer.model.fuse import deploy_form
 from riformer.model.weights import load
 from riformer.recipes import RUNGS
-from riformer.study.comparison import Comparison, Record, finished, mean
+from riformer.study.comparison import Comparison, Record, is_finished, mean, record
 from riformer.study.latency import Spread, images_per_s
 from riformer.study.page import GREY, PALETTE, drawing, environment, svg
 from riformer.study.quoted import LADDER
@@ -25,7 +25,10 @@ from riformer.train.data import open_dataset
 from riformer.train.run import Run
 
 COLORS = ("#0b5ea8", *PALETTE, "#8c510a", "#762a83", "#1b7837", "#b2182b", "#5e4fa2", "#66c2a5")
-IN_PICTURES = ("mixer", "identity", "deleted", "affine", "imitation", "full", "mixer-first", "mixer-last", "overlap")
+IN_PICTURES = (
+    *("mixer", "identity", "deleted", "affine", "imitation", "full"),
+    *("mixer-first", "mixer-last", "overlap", "deeper"),
+)
 NUM_IMAGES = 64
 
 
@@ -53,7 +56,7 @@ def write_ladder_report(folders: Sequence[Path], destination: Path) -> Path:
     """
     pages = environment()
     runs = find_runs(folders)
-    comparison = Comparison(finished(runs))
+    comparison = Comparison(record(run) for run in runs if is_finished(run))
     models, images = _models(comparison, runs)
     rates = images_per_s({rung: deploy_form(model) for rung, model in models.items()}, images)
     with drawing():
@@ -87,7 +90,9 @@ def _models(comparison: Comparison, runs: Sequence[Run]) -> tuple[dict[str, nn.M
     run = next(by_name[one["run"]] for one in comparison.records)
     recipe = run.recipe()
     data = open_dataset(recipe.data, recipe.seed, run.read("data.json"))
-    return models, next(iter(eval_batches(data.splits[comparison.split], recipe.data, NUM_IMAGES)))[0]
+    every = max(1, comparison.num_images // NUM_IMAGES)  # of all classes and kinds, whatever the order
+    batches = eval_batches(data.splits[comparison.split], recipe.data, every)
+    return models, torch.cat([images[:1] for images, _ in batches])[:NUM_IMAGES]
 
 
 def _color(comparison: Comparison, rung: str) -> str:
@@ -181,7 +186,8 @@ def _accuracy_over_latency(comparison: Comparison, rates: dict[str, list[float]]
     """Top-1 at each budget over the measured time of an image, beside the network that deletes its mixers."""
     from matplotlib.figure import Figure
 
-    base = rates.get("deleted") or next(iter(rates.values()))
+    first = "deleted" if "deleted" in rates else next(iter(rates))
+    base = rates[first]
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots()
     for rung, own in rates.items():
@@ -198,13 +204,13 @@ def _accuracy_over_latency(comparison: Comparison, rates: dict[str, list[float]]
             label = f"{rung}, {comparison.steps[name]:,}"
             axes.annotate(label, (time.median, top1), (6, 4), textcoords="offset points", color=color, fontsize=8)
     axes.margins(0.12)
-    title = f"top-1 on {comparison.split}, %, over the time of an image in deploy form; deleted is 1, with quartiles"
+    title = f"top-1 on {comparison.split}, %, over the time of an image in deploy form; {first} is 1, with quartiles"
     axes.set(xlabel="time, relative", title=title)
     return svg(figure, "latency")
 
 
 def _features(models: dict[str, nn.Module], images: Tensor) -> str:
-    """Distributions of what the first and the last stage put out (the paper's figure), around their image's mean."""
+    """Distributions of what the first and the last stage put out: the paper's figure."""
     from matplotlib.figure import Figure
 
     shown = [rung for rung in ("affine", "imitation", "full", "mixer") if rung in models]

@@ -55,11 +55,16 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
             args = {"drop_path_rate": config.drop_path_rate, **args}
         if takes(config.name, "img_size", **args):
             args["img_size"] = size
-        return timm.create_model(
+        model = timm.create_model(
             config.name, num_classes=len(data.classes), pretrained_cfg_overlay=preprocessing, **args
         )
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
+    return model.to(memory_format=_layout(recipe))  # which what it computes follows
+
+
+def _layout(recipe: Recipe) -> torch.memory_format:
+    return torch.channels_last if recipe.optim.channels_last else torch.preserve_format
 
 
 def try_on_paper(recipe: Recipe, data: Dataset) -> None:
@@ -132,7 +137,7 @@ def build_teachers(
             built[reference] = build_teacher(
                 path, len(names) if teaches else None, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
                 distill.compile_teachers, opened,
-            ).to(device)  # fmt: skip
+            ).to(device).to(memory_format=_layout(recipe))  # fmt: skip
             noted = built[reference].model.pretrained_cfg.get("label_names") or names
             if teaches and list(noted) != list(names):
                 if set(noted) == set(names):

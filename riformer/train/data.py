@@ -61,8 +61,7 @@ class ImageList:
 class Dataset:
     """The classes, the splits ("train", "val" and mostly "test"), and what was left out.
 
-    `skipped` has a {"path", "reason"} for each unreadable image; `num_ignored` counts files that are no images;
-    `held_out` says whether val was drawn from what the data have as one.
+    `skipped` has a {"path", "reason"} for each unreadable image; `num_ignored` counts files that are no images.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Dataset:
     splits: dict[str, ImageList]
     skipped: list[dict[str, str]] = field(default_factory=list)
     num_ignored: int = 0
-    held_out: bool = False
 
     def record(self) -> dict[str, Any]:
         """All of this as JSON types, with the names of the images in each split by class; see `open_dataset`."""
@@ -89,14 +87,15 @@ class Dataset:
         }
 
 
-def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = None) -> Dataset:
+def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = None, whole: bool = False) -> Dataset:
     """The data set that `config.name` names, or exactly the one in `record`.
 
     digits: 1,000 / 297 / 500 images in train / val / test. fashion-mnist: 55,000 / 5,000 / 10,000. cifar10, cifar100:
     45,834 / 4,166 / 10,000. glyphs: as its file says, by families of typefaces. These splits are fixed, the seed has no
     part in them. folder:PATH is PATH/train and PATH/val (or valid, validation) and perhaps
     PATH/test, each with a folder for each class; or PATH with class folders, or PATH/train alone, of which
-    `config.val_fraction` of each class is held out, drawn with the seed.
+    `config.val_fraction` of each class is held out, drawn with the seed. With `whole` nothing is held out of such a
+    folder, and test is all of it, or PATH/test where there is one.
 
     Raises:
         ValueError: an unknown name; a folder that has not this form, or files in it that cannot be read; images that
@@ -111,7 +110,7 @@ def open_dataset(config: DataConfig, seed: int, record: dict[str, Any] | None = 
     elif config.name == "glyphs":
         dataset = _from_arrays(config.name, *builtin.glyphs(config.root, config.img_size))
     elif config.name.startswith("folder:"):
-        dataset = _folder(config, seed, record)
+        dataset = _folder(config, seed, record, whole)
     else:
         close = difflib.get_close_matches(config.name, DATASETS)
         close += [f"folder:{config.name}"] if os.path.isdir(config.name) else []
@@ -139,7 +138,7 @@ def _from_arrays(name: str, classes: tuple[str, ...], splits: dict[str, builtin.
     return Dataset(name, classes, lists)
 
 
-def _folder(config: DataConfig, seed: int, record: dict[str, Any] | None) -> Dataset:
+def _folder(config: DataConfig, seed: int, record: dict[str, Any] | None, whole: bool) -> Dataset:
     path = config.name.removeprefix("folder:")
     root = Path(path).expanduser()
     if not path or not os.path.isdir(root):  # Path.is_dir raises where it may not look
@@ -168,12 +167,12 @@ def _folder(config: DataConfig, seed: int, record: dict[str, Any] | None) -> Dat
         lost = [name for name, images in part.items() if not images]
         if lost and (split == "train" or len(lost) == len(part)):
             raise ValueError(f"none of the images in {split} of class {', '.join(lost)} in {root} can be read")
-    held_out = "val" not in kept
-    if held_out:
+    if "val" not in kept and whole:
+        kept = {"test": kept["train"], **kept}
+    elif "val" not in kept:
         kept["train"], kept["val"] = hold_out(kept["train"], config.val_fraction, seed)
     splits = {split: _from_files(root, list(kept["train"]), part, hashes) for split, part in kept.items()}
-    left_out = record["skipped"] if record else skipped
-    return Dataset(config.name, tuple(kept["train"]), splits, left_out, num_ignored, held_out)
+    return Dataset(config.name, tuple(kept["train"]), splits, record["skipped"] if record else skipped, num_ignored)
 
 
 def _from_files(root: Path, classes: list[str], images: dict[str, list[str]], hashes: dict[str, str]) -> ImageList:

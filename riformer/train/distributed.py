@@ -79,12 +79,6 @@ def average_gradients(module: nn.Module) -> None:
             mean_over_processes(parameter.grad)
 
 
-def average_parameters(module: nn.Module) -> None:
-    """Makes each parameter the mean over the processes."""
-    for parameter in module.parameters():
-        mean_over_processes(parameter.data)
-
-
 def share_buffers(module: nn.Module) -> None:
     """Gives all processes the first one's buffers, such as batch norm's statistics, so that they have one model."""
     if dist.is_initialized():

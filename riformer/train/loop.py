@@ -35,7 +35,6 @@ from riformer.train.data import open_dataset
 from riformer.train.distributed import (
     any_process,
     average_gradients,
-    average_parameters,
     barrier,
     gather,
     main_process_first,
@@ -85,8 +84,8 @@ def _train(
     # run folder and data: the main process first, which also scans the images and records their split
     with main_process_first(rank):
         if main:
-            run.begin(recipe, world_size)
             locks.enter_context(run.locked())
+            run.begin(recipe, world_size)
         record = run.read("data.json")
         data = open_dataset(recipe.data, recipe.seed, record)
         if main and record is None:
@@ -104,16 +103,11 @@ def _train(
     state = run.load_state()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, data).to(device)
-    if optim.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # and what it computes follows
     if recipe.model.start and not state:
         start_at(model, open_model(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
 
     # teachers
     logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device)
-    for teacher in (logit_teacher, module_teacher):
-        if teacher and optim.channels_last:
-            teacher.to(memory_format=torch.channels_last)
     if distill.start_from_teacher and module_teacher:
         start_from(model, module_teacher.model.state_dict())
     imitation = build_imitation(recipe, model, module_teacher)
@@ -128,8 +122,7 @@ def _train(
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
     if distill.fit_affine_batches and module_teacher and not state:
         first = chain.from_iterable(islice(batches.epoch(0), distill.fit_affine_batches))
-        fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first))
-        average_parameters(model)
+        fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first), mean_over_processes)
     optimizer = build_optimizer(recipe, model, projections)
     schedule = CosineLRScheduler(
         optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,

@@ -77,14 +77,19 @@ class Run:
         except ImportError:  # Windows
             yield
             return
-        with open(self.path / ".lock", "w") as file:
+        lock = self.path / ".lock"
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of its workers
             except BlockingIOError as error:
-                raise ValueError(
-                    f"another process trains in {self.path}: wait for it, or choose another --out"
-                ) from error
-            yield
+                text = f"another process trains in {self.path}: wait for it, or choose another --out"
+                raise ValueError(text) from error
+            try:
+                yield
+            finally:
+                if not (self.path / "recipe.json").exists():  # no run: what is there is somebody else's
+                    lock.unlink()
 
     def recipe(self) -> Recipe:
         """The recipe of this run.

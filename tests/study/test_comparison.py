@@ -12,8 +12,9 @@ from riformer.study.quoted import LADDER
 
 
 def one(ladder: str, rung: str, seed: int, top1: float, steps: int = 100, **more) -> dict:
-    images = {"split": "test", "num_images": 500, "recipe": {"data": {"name": "digits"}}}
-    return {"ladder": ladder, "rung": rung, "seed": seed, "steps": steps, "top1": {"deploy": top1}, **images, **more}
+    images = {"split": "test", "num_images": 500, "recipe": {"data": {"name": "digits"}, "seed": seed}}
+    named = {"ladder": ladder, "rung": rung, "seed": seed, "run": f"{ladder}-{rung}-seed{seed}"}
+    return {**named, "steps": steps, "top1": {"deploy": top1}, **images, **more}
 
 
 def study(scores: dict[tuple[str, str], list[float]]) -> Comparison:
@@ -74,7 +75,10 @@ def test_differences_are_paired_by_seed_and_tables_show_them():
     assert "| identity → mixer | +2.70 | +15.00 (1 seed) |  |" in lines
 
 
-@pytest.mark.parametrize(("last", "word"), [(89.0, "which counts as converged"), (96.0, "not converged")])
+@pytest.mark.parametrize(
+    ("last", "word"),
+    [(89.0, "below the 0.3 that count as converged"), (96.0, "above 0.3, so that this has not converged")],
+)
 def test_the_headline_names_gap_share_and_convergence(last, word):
     found = study(
         {
@@ -86,12 +90,22 @@ def test_the_headline_names_gap_share_and_convergence(last, word):
         }
     )
     verdict, budget = found.headline()
+    gains = Difference({0: (90 - 88) / 2, 1: (last - 90) / 2})  # 100 to 400 steps are two doublings
     gap, closed = 96.2 - (90 + last) / 2, 93 - (90 + last) / 2
-    assert "after 400 steps, the full recipe is 3.20 points behind the network that keeps its mixers" in verdict
+    assert "After 400 steps on digits, the full recipe is 3.20 points behind the network that keeps its mixers" in verdict
     assert f"it closes {closed / gap:.0%} of the gap" in verdict
     assert f"mixer-last {(closed + 2.5) / gap:.0%}" in verdict
-    assert f"At 400 steps a doubling adds {((90 + last) / 2 - 89) / 2:.2f} points" in budget
+    assert f"Between 100 and 400 steps each doubling adds {gains} points to labels alone" in budget
     assert word in budget
+
+
+def test_the_headline_tells_each_budget_and_needs_two_for_convergence():
+    found = study({("a-1x", "full"): [80.0, 81.0], ("a-1x", "mixer"): [90.0, 92.0], ("a-4x", "full"): [89.0]})
+    assert [text[:18] for text in found.headline()] == ["After 100 steps on"]
+    found = study({(name, rung): [90.0, 92.0] for name in ("a-1x", "a-4x") for rung in ("full", "mixer")})
+    assert [text[:18] for text in found.headline()] == ["After 400 steps on", "After 100 steps on"]
+    same = Comparison(one(name, "deleted", 0, 90.0) for name in ("q", "q-1x"))
+    assert same.gain_of_doubling("deleted") is None
 
 
 def test_runs_on_other_images_are_not_compared():
@@ -100,6 +114,16 @@ def test_runs_on_other_images_are_not_compared():
         Comparison([one("a-1x", "soft", 0, 90.0), other])
     with pytest.raises(ValueError, match="runs on the same images"):
         Comparison([])
+
+
+def test_runs_of_one_rung_differ_in_their_seed_alone():
+    first = one("a-1x", "soft", 0, 90.0)
+    with pytest.raises(ValueError, match="a-1x-soft-seed0 and elsewhere are the same rung, ladder and seed"):
+        Comparison([first, {**first, "run": "elsewhere"}])
+    other = one("a-1x", "soft", 1, 90.0)
+    with pytest.raises(ValueError, match="a-1x-soft-seed1 has other settings than the same rung with other seeds"):
+        Comparison([first, {**other, "recipe": {**other["recipe"], "optim": {"lr": 2}}}])
+    Comparison([first, other])
 
 
 def test_a_record_tells_whether_a_run_learned_the_same(tmp_path):

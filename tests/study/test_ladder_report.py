@@ -49,7 +49,7 @@ def test_an_unfinished_run_is_left_out_and_a_folder_without_runs_refused(tmp_pat
 
 
 def test_a_token_without_mixing_looks_at_its_patches_alone():
-    """The last stage's middle token of a network of kernels 7/4 and 3/2 three times over sees 63 pixels, 95 at most."""
+    """Two stages of kernels 4/4 and 2/2: the middle one of four by four tokens sees eight pixels by eight."""
     args = dict(depths=(1, 1), dims=(8, 16), stem_patch=4, stem_stride=4, down_patch=2, img_size=32)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = tiny(mixer="affine", **args).eval()

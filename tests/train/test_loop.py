@@ -444,8 +444,9 @@ def test_a_second_training_in_the_same_folder_is_refused_while_the_first_lives(t
     )
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=r"another process trains in .*: wait for it, or choose another --out"):
-            train(plain(epochs=1), tmp_path)
+        for recipe in (plain(epochs=1), plain(epochs=2)):
+            with pytest.raises(ValueError, match=r"another process trains in .*: wait for it, or choose another --out"):
+                train(recipe, tmp_path)
         process.kill()
     train(plain(epochs=1), tmp_path)
 
