@@ -73,8 +73,9 @@ def s12() -> Recipe:
 
 def smoke(base: Recipe) -> Recipe:
     """An epoch on the built-in digits, of a network that is as small as its stages allow."""
-    model = replace(base.model, depths=tuple(1 for _ in DEPTHS[base.model.name]))
-    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=50)
+    stages = len(DEPTHS[base.model.name])
+    model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
+    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250)
     data = replace(base.data, name="digits", root="", num_workers=0)
     return replace(base, data=data, model=model, teacher=replace(base.teacher, epochs=1), optim=optim)
 
@@ -82,17 +83,22 @@ def smoke(base: Recipe) -> Recipe:
 def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: int, console: Console) -> None:
     """Runs what has no record yet, and writes its record. Finished runs that are still there lend their teachers."""
     for part in plan:
-        recipes = [RUNGS[rung](at_budget(base, part.budget)) for rung in part.rungs]
-        for seed in part.seeds:
-            files = {recipe.name: out / f"{recipe.name}-seed{seed}.json" for recipe in recipes}
-            todo = [recipe for recipe in recipes if not files[recipe.name].exists()]
-            lender = RUNGS["mixer"](at_budget(base, part.budget))
-            if todo and lender not in todo and (runs / f"{lender.name}-seed{seed}").is_dir():
-                todo.insert(0, lender)
-            with TrainProgress(console) as progress:
-                for run in run_ladder(todo, [seed], runs, progress, jobs):
-                    if (name := run.recipe().name) in files:
-                        write_text(files[name], json.dumps(record(run)) + "\n")
+        todo, lenders = [], []
+        for seeded in (at_budget(replace(base, seed=seed), part.budget) for seed in part.seeds):
+            missing = [recipe for rung in part.rungs if not file(out, recipe := RUNGS[rung](seeded)).exists()]
+            lender = RUNGS["mixer"](seeded)
+            if missing and lender not in missing and (runs / file(out, lender).stem).is_dir():
+                lenders.append(lender)
+            todo += missing
+        with TrainProgress(console) as progress:
+            finished = run_ladder([*lenders, *todo], runs, progress, jobs)
+        for run in finished[len(lenders) :]:
+            write_text(file(out, run.recipe()), json.dumps(record(run)) + "\n")
+
+
+def file(out: Path, recipe: Recipe) -> Path:
+    """Where the record of a run lies; the run folder has the same name."""
+    return out / f"{recipe.name}-seed{recipe.seed}.json"
 
 
 def read(folder: Path) -> list[Record]:

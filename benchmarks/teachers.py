@@ -143,10 +143,10 @@ def main() -> None:
     options = parser.parse_args()
     with TrainProgress(Console()) as progress:
         first = [labels(student()), *map(teacher, options.families)]
-        run_ladder(first, options.seeds, options.out, progress, options.jobs)
-        for seed in options.seeds:
-            recipes = [recipe for family in options.families for recipe in taught(family, seed, options.out)]
-            run_ladder(recipes, [seed], options.out, progress, options.jobs)
+        run_ladder([replace(one, seed=s) for s in options.seeds for one in first], options.out, progress, options.jobs)
+        named = [(family, seed) for seed in options.seeds for family in options.families]
+        recipes = [replace(one, seed=seed) for family, seed in named for one in taught(family, seed, options.out)]
+        run_ladder(recipes, options.out, progress, options.jobs)
     results = record(options.out, options.families, options.seeds)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -82,9 +83,10 @@ def ladder(argv: list[str]) -> int:
             raise ValueError(f"--{name} {getattr(options, name)} names one twice")
     bases = [at_budget(recipe, budget) for budget in options.budgets] or [recipe]
     rungs = [RUNGS[known(name, RUNGS, "rung")](base) for base in bases for name in options.rungs]
+    recipes = [replace(rung, seed=seed) for seed in options.seeds for rung in rungs]
     with TrainProgress(main_console()) as progress:
         folder = Path(options.out or f"runs/{recipe.name}")
-        finished = run_ladder(rungs, options.seeds, folder, progress, options.jobs)
+        finished = run_ladder(recipes, folder, progress, options.jobs)
     print_runs(finished, main_console())
     return 0
 

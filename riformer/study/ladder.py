@@ -38,10 +38,8 @@ def run_recipe(recipe: Recipe, folder: str | Path, progress: Progress) -> Run:
     return run
 
 
-def run_ladder(
-    recipes: Sequence[Recipe], seeds: Sequence[int], folder: str | Path, progress: Progress, jobs: int = 1
-) -> list[Run]:
-    """Every recipe with every seed, in `folder`/NAME-seedN. Interrupted, the same call goes on where it was.
+def run_ladder(recipes: Sequence[Recipe], folder: str | Path, progress: Progress, jobs: int = 1) -> list[Run]:
+    """Runs every recipe in `folder`/NAME-seedN. Interrupted, the same call goes on where it was.
 
     With `jobs` above 1, so many trainings run side by side and share the processor's cores. Evaluation, which also
     measures speed, comes after all trainings and one by one. A teacher that several runs have in common is trained once
@@ -52,9 +50,7 @@ def run_ladder(
     """
     for recipe in recipes:
         check(recipe)
-    todo = [
-        (replace(recipe, seed=seed), Path(folder) / f"{recipe.name}-seed{seed}") for seed in seeds for recipe in recipes
-    ]
+    todo = [(recipe, Path(folder) / f"{recipe.name}-seed{recipe.seed}") for recipe in recipes]
     lenders = _lenders(todo)
     todo_first = sorted(todo, key=lambda one: one[1] in lenders)  # who lends before who borrows
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()

@@ -92,7 +92,9 @@ def test_the_headline_names_gap_share_and_convergence(last, word):
     verdict, budget = found.headline()
     gains = Difference({0: (90 - 88) / 2, 1: (last - 90) / 2})  # 100 to 400 steps are two doublings
     gap, closed = 96.2 - (90 + last) / 2, 93 - (90 + last) / 2
-    assert "After 400 steps on digits, the full recipe is 3.20 points behind the network that keeps its mixers" in verdict
+    assert (
+        "After 400 steps on digits, the full recipe is 3.20 points behind the network that keeps its mixers" in verdict
+    )
     assert f"it closes {closed / gap:.0%} of the gap" in verdict
     assert f"mixer-last {(closed + 2.5) / gap:.0%}" in verdict
     assert f"Between 100 and 400 steps each doubling adds {gains} points to labels alone" in budget
@@ -129,9 +131,9 @@ def test_runs_of_one_rung_differ_in_their_seed_alone():
 def test_a_record_tells_whether_a_run_learned_the_same(tmp_path):
     base = quickstart()
     base = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250))
-    recipes = [RUNGS["deleted"](base)]
-    first, other = (run_ladder(recipes, [seed], tmp_path / "first", lambda line: None)[0] for seed in (0, 1))
-    again = run_ladder(recipes, [0], tmp_path / "again", lambda line: None)[0]
+    recipes = [dataclasses.replace(RUNGS["deleted"](base), seed=seed) for seed in (0, 1)]
+    first, other = run_ladder(recipes, tmp_path / "first", lambda line: None)
+    (again,) = run_ladder(recipes[:1], tmp_path / "again", lambda line: None)
     kept = record(first)
     assert (kept["ladder"], kept["rung"], kept["seed"], kept["steps"]) == ("quickstart", "deleted", 0, 4)
     assert kept["recipe"]["data"]["root"] == ""

@@ -33,7 +33,7 @@ class Lines(list):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_teacher_is_trained_once_for_each_seed_and_taken_over(tmp_path, rungs, jobs):
     lines = Lines()
-    runs = run_ladder(rungs, [0], tmp_path, lines, jobs)
+    runs = run_ladder(rungs, tmp_path, lines, jobs)
     assert [run.path.name for run in runs] == [f"{rung.name}-seed0" for rung in rungs]
     teachers = {line["name"] for line in lines if line["kind"] == "step" and line["name"].endswith("-teacher")}
     assert teachers == {"quickstart-soft-teacher", "other-soft-teacher"}
@@ -46,13 +46,13 @@ def test_a_teacher_is_trained_once_for_each_seed_and_taken_over(tmp_path, rungs,
         assert file == "data.json" or (other / "teacher" / file).read_bytes() != (soft / "teacher" / file).read_bytes()
     assert Run(full / "teacher").recipe().name == "quickstart-teacher"
     again = Lines()
-    run_ladder(rungs, [0], tmp_path, again)
+    run_ladder(rungs, tmp_path, again)
     assert [line for line in again if line["kind"] == "step"] == []
 
 
 def test_who_takes_a_teacher_over_learns_the_same_as_alone(tmp_path, rungs):
     soft, full = rungs[:2]
-    run_ladder([soft, full], [3], tmp_path / "ladder", Lines())
+    run_ladder([replace(rung, seed=3) for rung in (soft, full)], tmp_path / "ladder", Lines())
     alone = train(replace(full, seed=3), tmp_path / "alone")
 
     def losses(run):
@@ -71,5 +71,5 @@ def test_a_run_that_has_begun_its_own_teacher_keeps_it(tmp_path, rungs):
     folder = tmp_path / "ladder" / "quickstart-seed5"
     shutil.copytree(tmp_path / "full", folder)
     before = (folder / "teacher" / "recipe.json").stat().st_mtime_ns
-    run_ladder([soft, full], [5], tmp_path / "ladder", Lines())
+    run_ladder([replace(rung, seed=5) for rung in (soft, full)], tmp_path / "ladder", Lines())
     assert (folder / "teacher" / "recipe.json").stat().st_mtime_ns == before

@@ -20,8 +20,8 @@ def runs(tmp_path_factory):
     base = dataclasses.replace(base, optim=optim, teacher=dataclasses.replace(base.teacher, epochs=1))
     folder = tmp_path_factory.mktemp("ladder")
     for times, rungs in ((1, ("mixer", "deleted", "full")), (2, ("mixer", "full"))):
-        recipes = [RUNGS[rung](at_budget(base, times)) for rung in rungs]
-        run_ladder(recipes, [0, 1], folder, lambda line: None)
+        recipes = [RUNGS[rung](at_budget(dataclasses.replace(base, seed=s), times)) for s in (0, 1) for rung in rungs]
+        run_ladder(recipes, folder, lambda line: None)
     return folder
 
 
