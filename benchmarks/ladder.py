@@ -72,10 +72,10 @@ def s12() -> Recipe:
 
 
 def smoke(base: Recipe) -> Recipe:
-    """An epoch on the built-in digits, of a network that is as small as its stages allow."""
+    """An epoch on the built-in digits, of a network that is as small as its stages allow; to compile it takes longer."""
     stages = len(DEPTHS[base.model.name])
     model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
-    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250)
+    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250, compile=False)
     data = replace(base.data, name="digits", root="", num_workers=0)
     return replace(base, data=data, model=model, teacher=replace(base.teacher, epochs=1), optim=optim)
 

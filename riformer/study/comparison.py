@@ -242,5 +242,4 @@ def mean(values: Iterable[float]) -> str:
 
 def is_finished(run: Run) -> bool:
     """Whether the run has trained all its epochs and was evaluated."""
-    trained = sum(line["kind"] == "epoch" for line in run.metrics()) >= run.recipe().optim.epochs
-    return trained and run.read("evaluation.json") is not None
+    return run.is_trained() and run.read("evaluation.json") is not None

@@ -52,12 +52,19 @@ def run_ladder(recipes: Sequence[Recipe], folder: str | Path, progress: Progress
         check(recipe)
     todo = [(recipe, Path(folder) / f"{recipe.name}-seed{recipe.seed}") for recipe in recipes]
     lenders = _lenders(todo)
-    todo_first = sorted(todo, key=lambda one: one[1] in lenders)  # who lends before who borrows
+
+    def missing() -> list[tuple[Recipe, Path]]:
+        """What is not yet trained, who lends before who borrows."""
+        return sorted((one for one in todo if not Run(one[1]).is_trained()), key=lambda one: one[1] in lenders)
+
+    for recipe, path in todo:
+        if Run(path).is_trained():
+            Run(path).begin(recipe, world_size=1)  # which refuses a run of another recipe
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
     if jobs > 1:
-        _train_side_by_side(todo_first, lenders, progress, jobs, threads)
+        _train_side_by_side(missing(), lenders, progress, jobs, threads)
     with _num_threads(threads):  # on which the bits of a training depend
-        for recipe, path in todo_first:
+        for recipe, path in missing():
             _borrow_teacher(recipe, path, lenders.get(path))
             train(recipe, path, progress)
     runs = [Run(path) for _, path in todo]

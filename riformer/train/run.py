@@ -101,6 +101,12 @@ class Run:
             raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
         return from_dict(content)
 
+    def is_trained(self) -> bool:
+        """Whether all its epochs are done; False where nothing has begun."""
+        if self.read("recipe.json") is None:
+            return False
+        return sum(line["kind"] == "epoch" for line in self.metrics()) >= self.recipe().optim.epochs
+
     def best(self) -> Path:
         """The folder of the best model so far.
 
