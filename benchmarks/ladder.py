@@ -72,7 +72,7 @@ def s12() -> Recipe:
 
 
 def smoke(base: Recipe) -> Recipe:
-    """An epoch on the built-in digits, of a network that is as small as its stages allow; to compile it takes longer."""
+    """An epoch on the built-in digits, of a network as small as its stages allow; compiling it would take longer."""
     stages = len(DEPTHS[base.model.name])
     model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
     optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250, compile=False)

@@ -58,7 +58,7 @@ def write_ladder_report(folders: Sequence[Path], destination: Path) -> Path:
     runs = find_runs(folders)
     comparison = Comparison(record(run) for run in runs if is_finished(run))
     models, images = _models(comparison, runs)
-    rates = images_per_s({rung: deploy_form(model) for rung, model in models.items()}, images)
+    rates = _rates(models, images)
     with drawing():
         figures = {
             "steps": _accuracy_over_steps(comparison),
@@ -95,14 +95,24 @@ def _models(comparison: Comparison, runs: Sequence[Run]) -> tuple[dict[str, nn.M
     return models, torch.cat([images[:1] for images, _ in batches])[:NUM_IMAGES]
 
 
+def _rates(models: dict[str, nn.Module], images: Tensor) -> dict[str, list[float]]:
+    """Images per second in deploy form by round; rungs of which that is the same network share one measurement."""
+    forms = {rung: deploy_form(model) for rung, model in models.items()}
+    same = {rung: next(other for other in forms if str(forms[other]) == str(forms[rung])) for rung in forms}
+    measured = images_per_s({rung: forms[rung] for rung in dict.fromkeys(same.values())}, images)
+    return {rung: measured[other] for rung, other in same.items()}
+
+
 def _color(comparison: Comparison, rung: str) -> str:
     return COLORS[comparison.rungs.index(rung) % len(COLORS)]
 
 
 def _accuracy_over_steps(comparison: Comparison) -> str:
-    """Top-1 over training steps, a line for each rung that was run at two budgets or more."""
+    """Top-1 over training steps, a line for each rung that was run at two budgets or more; empty with one budget."""
     from matplotlib.figure import Figure
 
+    if len(comparison.ladders) == 1:
+        return ""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots()
     for rung in comparison.rungs:
