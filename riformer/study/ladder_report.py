@@ -246,7 +246,7 @@ def _receptive_fields(models: dict[str, nn.Module], images: Tensor) -> str:
     """Where in the image the middle token of the last stage gets its value from: mean size of the gradient."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.1), layout="constrained")
+    figure = Figure(figsize=(11, 2.4), layout="constrained")
     for axes, (rung, model) in zip(figure.subplots(1, max(2, len(models))), models.items(), strict=False):
         field = receptive_field(model, images)
         axes.imshow((field / field.max()).sqrt().tolist(), cmap="magma", vmin=0, vmax=1)
