@@ -51,7 +51,7 @@ def fails(capsys, verb: str, *arguments: str) -> str:
 def test_train_leaves_a_whole_run_folder(run):
     names = {path.name for path in run.iterdir()}
     files = {"recipe.json", "env.json", "data.json", "metrics.jsonl", "evaluation.json"}
-    assert names == files | {"best", "last", "teacher"}
+    assert names == files | {"best", "last", "teacher", ".lock"}
     evaluation = Run(run).read("evaluation.json")
     assert list(evaluation["models"]) == ["teacher", "student", "deploy"]
     assert evaluation["models"]["student"]["top1"] == evaluation["models"]["deploy"]["top1"]

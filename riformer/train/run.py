@@ -9,6 +9,7 @@
 - teacher_outputs/: where they are kept for later epochs; not needed once it is finished
 - teacher/: the run of its own teacher, where it trained one
 - evaluation.json: accuracy, parity and speed of the finished model
+- .lock: held by the process that trains here
 """
 
 import hashlib
