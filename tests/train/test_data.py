@@ -444,7 +444,7 @@ def write_glyphs(folder: Path) -> dict[str, np.ndarray]:
 
 def test_glyphs_are_split_by_family_and_judged_on_one_fixed_draw(tmp_path: Path) -> None:
     arrays = write_glyphs(tmp_path)
-    config = DataConfig(name="glyphs", root=str(tmp_path))
+    config = DataConfig(name="glyphs", root=str(tmp_path), img_size=32)
     data = open_dataset(config, 0)
     assert data.classes == ("A", "B", "C")
     families = {split: {name.split("/")[0] for name in images.names} for split, images in data.splits.items()}
