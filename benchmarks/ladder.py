@@ -21,6 +21,7 @@ from rich.console import Console
 
 from riformer.atomic import write_text
 from riformer.config import ModelConfig, Recipe
+from riformer.model.weights import load, save
 from riformer.progress import TrainProgress
 from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs
 from riformer.study.comparison import Comparison, Record, markdown, record
@@ -96,6 +97,16 @@ def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: i
             write_text(file(out, run.recipe()), json.dumps(record(run)) + "\n")
 
 
+def keep_best(runs: Path, out: Path) -> None:
+    """Writes the model of the highest validation accuracy beside the records, and that of those that mix no tokens."""
+    records = [one for one in read(out) if (runs / one["run"]).is_dir()]
+    plain = [one for one in records if one["recipe"]["model"]["mixer"] in ("affine", "identity", "nothing")]
+    for name, among in (("best", records), ("best_riformer", plain)):
+        if among:
+            best = max(among, key=lambda one: max(one["val_top1"]))
+            save(load(runs / best["run"]), out.with_name(f"{out.name}_{name}.safetensors"))
+
+
 def file(out: Path, recipe: Recipe) -> Path:
     """Where the record of a run lies; the run folder has the same name."""
     return out / f"{recipe.name}-seed{recipe.seed}.json"
@@ -124,6 +135,7 @@ def main() -> None:
         base = replace(base, data=replace(base.data, root=given.root))
         base, plan = (smoke(base), SMOKE) if given.smoke else (base, plan)
         measure(base, plan, given.runs, out, given.jobs, console)
+        keep_best(given.runs, out)
     if not (records := read(out)):
         parser.error(f"nothing is recorded in {out}: run it without --table first")
     comparison = Comparison(records)

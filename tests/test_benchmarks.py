@@ -9,8 +9,10 @@ import sys
 import pytest
 from scripts import ROOT, load_script
 
-from riformer.config import check
+import riformer
+from riformer.config import DataConfig, check
 from riformer.recipes import RUNGS, at_budget
+from riformer.study.evaluation import evaluate_model
 from riformer.train.run import Run
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -84,6 +86,11 @@ def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
     names = [f"glyphs-1x{rung}-seed{seed}.json" for rung in ("-identity", "") for seed in (0, 1)]
     assert [file.name for file in files] == names
     records = {file.name: json.loads(file.read_text()) for file in files}
+    best = max(records.values(), key=lambda record: max(record["val_top1"]))
+    kept = {name: riformer.load(tmp_path / f"records_{name}.safetensors") for name in ("best", "best_riformer")}
+    for model in kept.values():
+        result = evaluate_model(model, DataConfig(name="digits"))["fused"]
+        assert result.top1 == pytest.approx(best["top1"]["deploy"])
     for record in records.values():
         assert record["steps"] == len(record["val_top1"]) * 4
         assert 0 < record["top1"]["deploy"] <= 100
