@@ -31,7 +31,7 @@ STEPS = (
         ("deleted", "full"),
     ),
     *(("labels-long", "full"), ("full", "mixer-first"), ("full", "mixer-last"), ("full", "overlap")),
-    *(("full", "fitted"), ("deleted", "deeper"), ("mixer-last", "mixer")),
+    *(("full", "fitted"), ("deleted", "deeper"), ("deleted", "mixer-last"), ("mixer-last", "mixer")),
 )
 CONVERGED = 0.3
 """Points that a doubled budget adds to labels alone, below which a ladder is taken as converged."""
@@ -175,13 +175,6 @@ class Comparison:
                 return small, large, Difference({seed: (after[seed] - before[seed]) / doublings for seed in seeds})
         return None
 
-    def closed(self, ladder: str, rung: str) -> float | None:
-        """Share of the gap between `deleted` and `mixer` that a rung closes, over the seeds of all three."""
-        low, high, own = (self.top1(ladder, name) for name in ("deleted", "mixer", rung))
-        seeds = low.keys() & high.keys() & own.keys()
-        gap = fmean(high[seed] - low[seed] for seed in seeds) if seeds else 0
-        return fmean(own[seed] - low[seed] for seed in seeds) / gap if gap > 0 else None
-
     def headline(self) -> list[str]:
         """What was found, in sentences: full against mixer at each budget, and whether labels alone have converged."""
         told = [
@@ -205,16 +198,18 @@ class Comparison:
         seeds = f", {len(ahead.by_seed)} seeds" if ahead.half is not None else ""
         text = (
             f"After {self.steps[ladder]:,} steps on {self.data}, the full recipe is {abs(ahead.mean):.2f} points "
-            f"{verb} the network that keeps its mixers ({ahead}{seeds})"
+            f"{verb} the network that keeps its mixers ({ahead}{seeds})."
         )
-        share = self.closed(ladder, "full")
-        if share is not None:
-            text += f"; it closes {share:.0%} of the gap that deleting the mixers opens"
-        others = [(self.closed(ladder, rung), rung) for rung in self.rungs if rung not in ("mixer", "full", "deleted")]
-        best = max(((value, rung) for value, rung in others if value is not None), default=None)
-        if best and share is not None and best[0] > share:
-            text += f", {best[1]} {best[0]:.0%}"
-        return text + "."
+        gains = {rung: self.difference(ladder, "deleted", rung) for rung in self.rungs}
+        if (gap := gains.get("mixer")) and (full := gains.get("full")):
+            text += f" Mixers are worth {gap} points to labels alone; the full recipe without them {full}"
+            others = [
+                (one.mean, rung) for rung, one in gains.items() if one and rung not in ("mixer", "full", "deleted")
+            ]
+            if others and max(others)[0] > full.mean:
+                text += f", {max(others)[1]} {gains[max(others)[1]]}"
+            text += "."
+        return text
 
 
 def markdown(comparison: Comparison, published: dict[str, float]) -> str:
