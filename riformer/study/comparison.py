@@ -31,7 +31,13 @@ STEPS = (
         ("deleted", "full"),
     ),
     *(("labels-long", "full"), ("full", "mixer-first"), ("full", "mixer-last"), ("full", "overlap")),
-    *(("full", "fitted"), ("deleted", "deeper"), ("deleted", "mixer-last"), ("mixer-last", "mixer")),
+    *(
+        ("full", "fitted"),
+        ("deleted", "deeper"),
+        ("deleted", "overlap"),
+        ("deleted", "mixer-last"),
+        ("mixer-last", "mixer"),
+    ),
 )
 CONVERGED = 0.3
 """Points that a doubled budget adds to labels alone, below which a ladder is taken as converged."""
