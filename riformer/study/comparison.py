@@ -121,7 +121,8 @@ class Comparison:
         self.records = sorted(records, key=lambda one: (one["ladder"], one["rung"], one["seed"]))
         images = {(one["recipe"]["data"]["name"], one["split"], one["num_images"]) for one in self.records}
         if len(images) != 1:
-            raise ValueError(f"a comparison is of finished runs on the same images, but these are of {sorted(images)}")
+            found = f"these are of {sorted(images)}" if images else "none is finished: give the ladder's command again"
+            raise ValueError(f"a comparison is of finished runs on the same images, but {found}")
         self.data, self.split, self.num_images = images.pop()
         recipes: dict[tuple[str, str], Record] = {}
         seen: dict[tuple[str, str, int], str] = {}
