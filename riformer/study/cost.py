@@ -79,7 +79,8 @@ def gpu_hours(recipe: Recipe, num_images: int = 1_281_167) -> float:
         ValueError: the throughput of a network was never published.
     """
     distill, size = recipe.distill, recipe.data.img_size
-    if any((recipe.model.depths, recipe.model.dims, recipe.model.stem_patch, recipe.model.stem_stride)):
+    sizes = ("depths", "dims", "stem_patch", "stem_stride", "down_patch")
+    if any(getattr(recipe.model, name) for name in sizes):
         raise ValueError(f"no throughput is published of {recipe.model.name} with other sizes than its own")
     seconds = 3 * _published_seconds(_name(recipe), size)
     for reference in {*distill.logit_teachers, distill.module_teacher} - {""}:
