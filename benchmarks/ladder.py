@@ -40,12 +40,12 @@ class Part(NamedTuple):
 MAIN = ("mixer", "identity", "deleted", "hard", "soft", "affine", "imitation", "full", "labels-long")
 PLAN = (  # in the order of its worth
     Part(MAIN, 1, (0, 1, 2)),
-    Part(("mixer", "deleted", "full", "mixer-last"), 3, (0, 1, 2)),
+    Part(("mixer", "deleted", "full", "mixer-last", "overlap"), 3, (0, 1, 2)),
     Part(("mixer-last", "overlap", "mixer-first", "fitted"), 1, (0, 1, 2)),
-    Part(("mixer", "deleted", "full"), 9, (0,)),
-    Part(("overlap", "soft", "deeper"), 3, (0, 1, 2)),
+    Part(("mixer", "deleted", "full", "overlap"), 9, (0,)),
     Part(MAIN, 1, (3, 4)),
-    Part(("mixer", "deleted", "full"), 9, (1, 2)),
+    Part(("soft", "deeper"), 3, (0, 1, 2)),
+    Part(("mixer", "deleted", "full", "overlap"), 9, (1, 2)),
 )
 GPU = (Part(("mixer", "deleted", "soft", "affine", "imitation", "full"), 1, (0, 1, 2)),)
 SMOKE = (Part(("identity", "full"), 1, (0, 1)),)

@@ -1,5 +1,6 @@
 """One thread per test process: small models gain nothing from more, and lose much when the machine is shared."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from riformer.config import DataConfig
 from riformer.train.data import open_dataset
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The collapsed form on a GPU: convolutions by PyTorch, everything between them by the kernels beside this file.
+"""The collapsed form on a GPU, by the kernels beside this file; the classifier alone is PyTorch's.
 
 This module imports triton, which comes with PyTorch for CUDA.
 """
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riformer.deploy import kernels
-from riformer.deploy.collapse import BlockWeights, NetworkWeights, moments, normalised_mean
+from riformer.deploy.collapse import BlockWeights, ConvWeights, NetworkWeights
 
-FUSED_WIDTH = 128
-"""Channels up to which fc1, GELU and fc2 are one kernel: beyond, its accumulator leaves no room for two tiles."""
+FUSED_WIDTH = 192
+"""Channels up to which a block is one kernel. In wider ones products take the time that a pass over the map does not,
+and cuBLAS's are better."""
 
 GRAPH_PIXELS = 8 * 224 * 224
 """Pixels of a batch up to which it is replayed from a CUDA graph: then launching costs more than computing."""
@@ -37,9 +38,11 @@ class TritonNetwork(nn.Module):
         super().__init__()
         self.dtype, self.eps = dtype, weights.eps
         self.convs = [
-            (weight.detach().to(dtype, memory_format=torch.channels_last), bias.detach().to(dtype), stride, padding)
-            for weight, bias, stride, padding in weights.convs
+            ConvWeights(weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous(), bias.detach().float(), *rest)
+            for weight, bias, *rest in weights.convs
         ]
+        stem = kernels.pack_reference(weights.convs[0].weight.detach(), dtype).contiguous()
+        self.convs[0] = self.convs[0]._replace(weight=stem)
         self.stages = [[_in_types(block, dtype) for block in stage] for stage in weights.stages]
         self.head = (weights.head_weight.detach().float(), weights.head_bias.detach().float())
         self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
@@ -58,48 +61,46 @@ class TritonNetwork(nn.Module):
 
     def launch(self, images: Tensor) -> Tensor:
         """Kernel by kernel, without a graph."""
-        x = images.to(self.dtype, memory_format=torch.channels_last)
-        for (weight, bias, stride, padding), blocks in zip(self.convs, self.stages, strict=True):
-            x = _conv(x, weight, bias, stride, padding)
-            num, channels, height, width = x.shape
-            tokens = x.permute(0, 2, 3, 1).reshape(-1, channels)
-            self._blocks(tokens, blocks, height * width)
-            x = tokens.view(num, height, width, channels).permute(0, 3, 1, 2)
-        pooled = normalised_mean(*moments(x.flatten(2).transpose(1, 2)), self.eps)
-        return F.linear(pooled, *self.head)
+        x = kernels.pack(images, self.dtype)
+        for conv, blocks in zip(self.convs, self.stages, strict=True):
+            tokens, (height, width) = kernels.conv(x, conv)
+            for block in blocks:
+                self._block(tokens, block, height * width)
+            x = tokens.view(len(images), height, width, -1)
+        return F.linear(kernels.pooled(kernels.moments(tokens, height * width), self.eps), *self.head)
 
-    def _blocks(self, x: Tensor, blocks: list[BlockWeights], num_tokens: int) -> None:
-        """A stage's blocks, in place. Shape: [N * num_tokens, C]."""
-        if not blocks:
-            return
-        centre = x[::num_tokens]  # the first token of each sample
-        partials = kernels.sums(x, centre, num_tokens)
-        for block in blocks:
-            table = kernels.coefficient_table(partials, centre, block, num_tokens, self.eps)
-            if x.shape[1] <= FUSED_WIDTH:
-                partials = kernels.mlp(x, table, block.fc1_weight, block.fc1_bias, block.fc2_weight, num_tokens)
-            else:
-                hidden = kernels.fc1(x, table, block.fc1_weight, block.fc1_bias, num_tokens)
-                partials = kernels.fc2(hidden, block.fc2_weight, x, table, num_tokens)
-            centre = table[:, 4]
+    def _block(self, x: Tensor, block: BlockWeights, num_tokens: int) -> None:
+        """One block, in place. Shape: [N * num_tokens, C]."""
+        table = kernels.coefficient_table(kernels.moments(x, num_tokens), block, self.eps)
+        if x.shape[1] <= FUSED_WIDTH:
+            kernels.mlp(x, table, block.fc1_weight, block.fc1_bias, block.fc2_weight, num_tokens)
+        else:
+            normed = kernels.affine(x, table, num_tokens)
+            x.addmm_(_gelu_of_product(normed, block.fc1_weight, block.fc1_bias), block.fc2_weight.T)
+
+
+def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x @ weight.T + bias); in 16 bits on a GPU in the product's epilogue, by the tanh formula, within 5e-4."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
+    return F.gelu(F.linear(x, weight, bias))
 
 
 def _in_types(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
-    """Weights of products in `dtype`, everything else in float32."""
-    products = {"fc1_weight": block.fc1_weight.to(dtype), "fc2_weight": block.fc2_weight.to(dtype)}
-    others = {name: tensor.float() for name, tensor in block._asdict().items() if name not in products}
-    return BlockWeights(**{name: tensor.detach().contiguous() for name, tensor in {**others, **products}.items()})
-
-
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """A convolution. Choice: in float32 as a matrix product, because PyTorch's convolutions on a GPU then are TF32."""
-    if x.dtype != torch.float32:
-        return F.conv2d(x, weight, bias, stride, padding)
-    kernel = weight.shape[2:]
-    height, width = ((x.shape[2 + i] + 2 * padding - kernel[i]) // stride + 1 for i in range(2))
-    patches = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2)
-    found = F.linear(patches, weight.flatten(1), bias)
-    return found.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+    """What products take in `dtype`, everything else in float32; around the narrow kernel's GELU scaled as it wants."""
+    narrow, names = len(block.fc2_bias) <= FUSED_WIDTH, ["fc1_weight", "fc2_weight"]
+    if narrow and dtype != torch.float32:
+        scale, back = kernels.GELU_SCALE, 0.5 / kernels.GELU_SCALE
+        fc1 = {"fc1_weight": block.fc1_weight * scale, "fc1_bias": block.fc1_bias * scale}
+        block = block._replace(**fc1, fc2_weight=block.fc2_weight * back)
+    if not narrow:
+        names.append("fc1_bias")
+    return BlockWeights(
+        **{
+            name: tensor.detach().to(dtype if name in names else torch.float32).contiguous()
+            for name, tensor in block._asdict().items()
+        }
+    )
 
 
 class _Graph:

@@ -31,12 +31,22 @@ def test_optimize_names_the_device_that_it_lacks():
         optimize(tiny(), images(), "bf16", "triton")
 
 
-TYPES = dict(M="i32", tiles="i32", num_tokens="i32", C="i32", H="i32", centre_stride="i32", eps="fp32")
-NARROW = ("x", "hidden", "weight", "fc1_weight", "fc2_weight")
+INTEGERS = ("M", "size", "num_tokens", "in_height", "in_width", "width", "pixels")
+NARROW = ("x", "images", "packed", "normed", "weight", "fc1_weight", "fc2_weight")
+PRODUCT = dict(C=128, ROWS=128, PRECISION="tf32")
+CONSTANTS = {
+    "_pack_kernel": dict(CHANNELS=3, ROOM=4, BLOCK=512),
+    "_conv_kernel": PRODUCT | dict(IN=64, KERNEL=3, STRIDE=2, PADDING=1),
+    "_moments_kernel": dict(C=320, COLUMNS=64),
+    "_coefficients_kernel": dict(C=320, COLUMNS=512),
+    "_affine_kernel": dict(C=320, ROWS=32, COLUMNS=64),
+    "_mlp_kernel": PRODUCT | dict(H=512, SPANS=2, COLUMNS=128, MORE=0),
+    "_pooled_kernel": dict(C=320, COLUMNS=512),
+}
 H100_SHARED_BYTES = 227 * 1024
 
 
-@pytest.mark.parametrize("name", ["_sums_kernel", "_coefficients_kernel", "_fc1_kernel", "_fc2_kernel", "_mlp_kernel"])
+@pytest.mark.parametrize("name", CONSTANTS)
 def test_compiles_for_an_h100(name):
     """Every configuration, in bf16, with the tensor cores' instructions and within the shared memory. No GPU needed."""
     from triton.backends.compiler import GPUTarget
@@ -46,11 +56,17 @@ def test_compiles_for_an_h100(name):
     tuned = hasattr(kernel, "configs")
     for config in kernel.configs if tuned else [None]:
         function = kernel.fn if tuned else kernel
-        constants = dict(SPANS=2, ROWS=128, PRECISION="tf32", COLUMNS=128) | (config.kwargs if tuned else {})
-        constants = {key: value for key, value in constants.items() if key in function.arg_names}
-        types = {key: TYPES.get(key, "*bf16" if key in NARROW else "*fp32") for key in function.arg_names}
+        constants = CONSTANTS[name] | (config.kwargs if tuned else {})
+        assert constants.keys() <= set(function.arg_names)
+        types = {key: _type(key) for key in function.arg_names}
         signature = types | dict.fromkeys(constants, "constexpr")
-        options = dict(num_warps=config.num_warps, num_stages=config.num_stages) if tuned else {}
+        options = {name: getattr(config, name) for name in ("num_warps", "num_stages", "maxnreg")} if tuned else {}
         built = compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
         assert built.metadata.shared <= H100_SHARED_BYTES, f"{name} {constants}"
-        assert ("wgmma.mma_async" in built.asm["ptx"]) is tuned
+        assert ("wgmma.mma_async" in built.asm["ptx"]) is (name in ("_conv_kernel", "_mlp_kernel"))
+
+
+def _type(argument: str) -> str:
+    if argument in INTEGERS or argument.endswith("_stride"):
+        return "i32"
+    return "fp32" if argument == "eps" else "*bf16" if argument in NARROW else "*fp32"
