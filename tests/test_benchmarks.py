@@ -58,7 +58,8 @@ def test_the_bars_of_a_gpu_follow_from_the_files(tmp_path, gpu):
         ]
         (tmp_path / f"{name}.json").write_text(json.dumps({"groups": groups}))
 
-    write("s12", {224: [(gpu.PLAIN, [1e3, 2e3, 3e3]), (gpu.OURS, [3e3, 4e3, 6e3])]})
+    write("s12", {224: [(gpu.EAGER, [1e3, 1e3, 1e3]), (gpu.OURS, [3e3, 4e3, 6e3])]})
+    write("compiled", {224: [(gpu.PLAIN, [1e3, 2e3, 3e3]), (gpu.OURS, [3e3, 4e3, 6e3])]})
     write("poolformer", {224: [(gpu.POOLFORMER, [1e3, 1e3, 1e3]), (gpu.OURS, [3e3, 4e3, 6e3])]})
     write("s12_one_image", {224: [(gpu.OURS, [1e4, 1e4, 1e4])]})
     write("resolution", {size: [(gpu.OURS, [1e9 / size**2 * (1.1 if size == 512 else 1)] * 3)] for size in gpu.SIZES})
