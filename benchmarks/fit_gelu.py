@@ -1,14 +1,16 @@
-"""The polynomials by which the kernels compute GELU: `x * (1/2 + u * P(2 u^2 / c^2 - 1))`, u = x clamped to [-c, c].
+"""How the kernels compute GELU: on a CPU `x * (1/2 + u * P(2 u^2 / c^2 - 1))`, u = x clamped to [-c, c].
 
 Fits P of each number of terms to the error of GELU itself, as near to the smallest largest error as reweighted least
 squares come (Lawson), with P such that GELU is exact beyond the clamp. Prints the coefficients that stand in
-riformer/deploy, and the error that they leave in float32.
+riformer/deploy, and the error that they leave in float32. On a GPU it is y * (1 + tanh(y * (y^2 + a))) / (2 s), y = s x:
+fits s and a.
 
     python benchmarks/fit_gelu.py
 """
 
 import numpy as np
 from numpy.polynomial import chebyshev
+from scipy.optimize import minimize
 from scipy.special import ndtr
 
 
@@ -37,7 +39,22 @@ def largest_error(coefficients: np.ndarray, clamp: float) -> float:
     return float(abs(x * (u * p.astype(np.float32) + np.float32(0.5)) - x * ndtr(x.astype(float))).max())
 
 
+def fit_tanh() -> tuple[float, float, float]:
+    """s and a, and the error that they leave."""
+    x = np.linspace(-8, 8, 40_001)
+
+    def error(parameters: np.ndarray) -> float:
+        y = parameters[0] * x
+        return float(abs(y * (1 + np.tanh(y * (y * y + parameters[1]))) / (2 * parameters[0]) - x * ndtr(x)).max())
+
+    starts = [np.array([0.33, a]) for a in (2.41, 2.42, 2.43)]
+    options = {"xatol": 1e-9, "fatol": 1e-12, "maxiter": 4000}
+    best = min((minimize(error, start, method="Nelder-Mead", options=options) for start in starts), key=lambda r: r.fun)
+    return float(best.x[0]), float(best.x[1]), float(best.fun)
+
+
 if __name__ == "__main__":
+    print("tanh: s {:.11f}, a {:.10f}, largest error {:.1e}".format(*fit_tanh()))
     for name, num_terms, clamp in (("close", 14, 5.3), ("fast", 8, 4.2)):
         found = fit(num_terms, clamp)
         print(f"{name}: {num_terms} terms, clamp {clamp}, largest error {largest_error(found, clamp):.1e}")

@@ -105,7 +105,8 @@ def main() -> None:
                 left.append(f"{name} at {img_size} px")
                 continue
             status = partial(console.log, name, highlight=False)
-            bench(entries, [batch_size], [img_size], [1], file, given.rounds, turn_seconds(given.smoke), status=status)
+            where = ([batch_size], [img_size], [1], file)
+            bench(entries, *where, given.rounds, turn_seconds(given.smoke), not given.smoke, status)
         if file.exists():
             print_bench(json.loads(file.read_text()), console)
     numbers = [Column(header, justify="right") for header in ("measured", "bar", "")]

@@ -1,7 +1,6 @@
 """The scripts in benchmarks/ run, small; and what they conclude follows from what they measured."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from riformer.study.evaluation import evaluate_model
 from riformer.train.run import Run
 
 BENCHMARKS = ROOT / "benchmarks"
-OUTSIDE = {**os.environ, "OMP_NUM_THREADS": "1"}  # not a test's own cache, where kernels would be compiled anew
 SCRIPTS = {
     "cpu.py": ["cpu_riformer_micro.json"],
     "gpu.py": ["s12.json", "resolution.json"],
@@ -31,7 +29,7 @@ def test_a_script_measures_prints_and_keeps(tmp_path, script):
     files = [tmp_path / name for name in SCRIPTS[script]]
     out = files[0] if script in ("throughput.py", "resolution.py") else tmp_path
     command = [sys.executable, str(BENCHMARKS / script), "--smoke", "--rounds", "3", "--out", str(out)]
-    result = subprocess.run(command, env=OUTSIDE, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files)
     measured = json.loads(files[0].read_text())
@@ -79,7 +77,7 @@ def test_every_gpu_question_names_engines_that_exist(gpu):
 def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
     def run(*more):
         command = [sys.executable, str(BENCHMARKS / "ladder.py"), "--out", str(tmp_path / "records"), *more]
-        result = subprocess.run(command, cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout[result.stdout.index("|  | paper | 4 steps |") :]
 
@@ -109,7 +107,7 @@ def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path):
 
 def test_the_ladder_of_s12_runs_small(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "ladder.py"), "--gpu", "--smoke"]
-    result = subprocess.run(command, cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "runs" / "ladder").glob("glyphs-s12-1x-seed0")
     recipe = Run(run).recipe()

@@ -1,7 +1,6 @@
 """What the README promises runs as written; README, Makefile and docs name things that exist."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -61,8 +60,7 @@ def run_all(commands: list[list[str]], cwd: Path) -> None:
     code = "import sys\nfrom riformer import cli\n" + "".join(
         f"assert cli.run({arguments[0]!r}, {arguments[1:]!r}) == 0, {arguments!r}\n" for arguments in commands
     )
-    env = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")}
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -56,7 +56,7 @@ def test_every_rung_of_every_recipe_is_sound_and_round_trips_or_says_why_not(nam
 
 
 OWN_MIXERS = ("mixer", "identity", "deleted", "overlap")
-BASELINES = ("poolformer-s12", "identityformer-s12", "gfnet-h-ti", "gfnet-h-s", "gfnet-h-b")
+BASELINES = ("glyphs", "poolformer-s12", "identityformer-s12", "gfnet-h-ti", "gfnet-h-s", "gfnet-h-b")
 
 
 def test_every_recipe_has_one_line_about_it_and_every_rung():

@@ -89,7 +89,7 @@ def test_time_is_put_down_to_where_it_is_spent(part, kind):
     assert slowest.name == f"stages.2.blocks.0{f'.{part}' if kind else ''}"
     assert slowest.latency_ms > 29
     if kind:
-        assert next(step for step in found.steps if step.name == kind).added_ms > 29
+        assert next(step for step in found.steps if step.name == kind).added_ms > 20  # a difference of two times
 
 
 def made_up(sum_of_whole: float) -> Profile:
