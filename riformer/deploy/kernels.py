@@ -67,8 +67,8 @@ def _pack_kernel(
     images, packed, pixels, width, sample_stride, channel_stride, row_stride, column_stride,
     CHANNELS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, ROOM)
     y, x = at // width, at % width
     start = images + sample * sample_stride + (y * row_stride + x * column_stride)
@@ -86,7 +86,7 @@ def pack(images: Tensor, dtype: torch.dtype) -> Tensor:
     n, channels, height, width = images.shape
     packed = images.new_empty(n, height, width, triton.next_power_of_2(channels), dtype=dtype)
     pixels = height * width
-    _pack_kernel[(triton.cdiv(pixels, 512), n)](
+    _pack_kernel[(n, triton.cdiv(pixels, 512))](
         images, packed, pixels, width, *images.stride(), CHANNELS=channels, ROOM=packed.shape[3], BLOCK=512
     )
     return packed
@@ -113,8 +113,9 @@ def _conv_kernel(
     IN: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    ACROSS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS  # tiles side by side, one after the other: they share images
+    rows = tl.program_id(0) // ACROSS * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) % ACROSS * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_columns = rows < M, columns < C
     samples, tokens = rows // num_tokens, rows % num_tokens
     top, left = tokens // width * STRIDE - PADDING, tokens % width * STRIDE - PADDING
@@ -147,7 +148,7 @@ def conv(images: Tensor, weights: ConvWeights) -> tuple[Tensor, tuple[int, int]]
     tokens = height * width
     x = images.new_empty(n * tokens, c)
     rows = tile_rows(len(x), tokens)
-    _conv_kernel[lambda meta: (triton.cdiv(c, meta["COLUMNS"]), triton.cdiv(len(x), rows))](
+    _conv_kernel[lambda meta: (triton.cdiv(c, meta["COLUMNS"]) * triton.cdiv(len(x), rows),)](
         images, weight, bias, x, len(x), _size(x), tokens, *sizes, width,
         IN=channels, C=c, KERNEL=kernel, STRIDE=stride, PADDING=padding, ROWS=rows, PRECISION=_precision(x),
     )  # fmt: skip
@@ -175,8 +176,8 @@ def conv_reference(images: Tensor, weights: ConvWeights) -> tuple[Tensor, tuple[
 )
 @triton.jit
 def _moments_kernel(x, moments, size, num_tokens, C: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    sample = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sample = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < C
     x += sample * num_tokens * C + columns
     centre = tl.load(x, mask=in_columns, other=0.0).to(tl.float32)
@@ -204,7 +205,7 @@ def moments(x: Tensor, num_tokens: int) -> Tensor:
     """
     num, c = len(x) // num_tokens, x.shape[1]
     found = x.new_empty(num, 2, c, dtype=torch.float32)
-    _moments_kernel[(triton.cdiv(c, 64), num)](x, found, _size(x), num_tokens, C=c, COLUMNS=64)
+    _moments_kernel[(num, triton.cdiv(c, 64))](x, found, _size(x), num_tokens, C=c, COLUMNS=64)
     return found
 
 
@@ -273,8 +274,8 @@ def coefficient_table_reference(moments: Tensor, block: BlockWeights, eps: float
 
 @triton.jit
 def _affine_kernel(x, table, normed, M, num_tokens, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < M)[:, None] & (columns < C)[None, :]
     here = rows.to(tl.int64)[:, None] * C + columns[None, :]
     value = tl.load(x + here, mask=inside, other=0.0)
@@ -292,7 +293,7 @@ def affine(x: Tensor, table: Tensor, num_tokens: int) -> Tensor:
     Shape: x [M, C], table [N, 4, C] -> [M, C].
     """
     normed, (m, c) = torch.empty_like(x), x.shape
-    _affine_kernel[(triton.cdiv(c, 64), triton.cdiv(m, 32))](x, table, normed, m, num_tokens, C=c, ROWS=32, COLUMNS=64)
+    _affine_kernel[(triton.cdiv(m, 32), triton.cdiv(c, 64))](x, table, normed, m, num_tokens, C=c, ROWS=32, COLUMNS=64)
     return normed
 
 
