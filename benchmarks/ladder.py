@@ -38,13 +38,16 @@ class Part(NamedTuple):
 
 
 MAIN = ("mixer", "identity", "deleted", "hard", "soft", "affine", "imitation", "full", "labels-long")
+TERMS = ("start", *(f"imitation-{part}" for part in ("block", "mixer", "relation", "constant", "first-phase")))
 PLAN = (  # in the order of its worth
     Part(MAIN, 1, (0, 1, 2)),
     Part(("mixer", "deleted", "full", "mixer-last", "overlap"), 3, (0, 1, 2)),
     Part(("mixer-last", "overlap", "mixer-first", "fitted"), 1, (0, 1, 2)),
     Part(("mixer", "deleted", "full", "overlap"), 9, (0,)),
     Part(MAIN, 1, (3, 4)),
-    Part(("soft", "deeper"), 3, (0, 1, 2)),
+    Part(("deeper",), 3, (0, 1, 2)),
+    Part((*TERMS, "hard-alone", "soft-labels", "soft-t2", "soft-t4"), 1, (0, 1, 2)),
+    Part(("soft",), 3, (0, 1, 2)),
     Part(("mixer", "deleted", "full", "overlap"), 9, (1, 2)),
 )
 GPU = (Part(("mixer", "deleted", "soft", "affine", "imitation", "full"), 1, (0, 1, 2)),)

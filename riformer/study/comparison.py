@@ -20,25 +20,28 @@ from riformer.train.run import Run
 Record = dict[str, Any]
 
 # What the second does to the first: the paper's steps from rung to rung, then the controls and what is not the paper's.
-STEPS = (
-    *(("identity", "mixer"), ("identity", "hard"), ("identity", "soft"), ("soft", "affine"), ("affine", "imitation")),
-    *(
+STEPS = [
+    (before, after)
+    for before, afters in (
+        ("identity", "mixer hard soft"),
+        ("soft", "affine"),
+        ("affine", "imitation"),
         ("imitation", "full"),
         ("identity", "full"),
         ("full", "mixer"),
         ("identity", "deleted"),
-        ("deleted", "mixer"),
-        ("deleted", "full"),
-    ),
-    *(("labels-long", "full"), ("full", "mixer-first"), ("full", "mixer-last"), ("full", "overlap")),
-    *(
-        ("full", "fitted"),
-        ("deleted", "deeper"),
-        ("deleted", "overlap"),
-        ("deleted", "mixer-last"),
+        ("deleted", "mixer full"),
+        ("labels-long", "full"),
+        ("hard", "hard-alone"),
+        ("soft", "soft-labels soft-t2 soft-t4"),
+        ("affine", "start imitation-block imitation-mixer imitation-relation"),
+        ("imitation", "imitation-constant imitation-first-phase"),
+        ("full", "fitted mixer-first mixer-last overlap"),
+        ("deleted", "deeper overlap mixer-last"),
         ("mixer-last", "mixer"),
-    ),
-)
+    )
+    for after in afters.split()
+]
 CONVERGED = 0.3
 """Points that a doubled budget adds to labels alone, below which a ladder is taken as converged."""
 
