@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riformer.deploy import kernels
-from riformer.deploy.collapse import BlockWeights, ConvWeights, NetworkWeights
+from riformer.deploy.collapse import BlockWeights, NetworkWeights
 
 FUSED_WIDTH = 192
-"""Channels up to which a block is one kernel. In wider ones products take the time that a pass over the map does not,
-and cuBLAS's are better."""
+"""Channels up to which a block is one kernel: a tile's accumulator, all channels wide, must fit the registers."""
 
 GRAPH_PIXELS = 8 * 224 * 224
 """Pixels of a batch up to which it is replayed from a CUDA graph: then launching costs more than computing."""
@@ -37,12 +36,12 @@ class TritonNetwork(nn.Module):
     def __init__(self, weights: NetworkWeights, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.eps = dtype, weights.eps
+        stem, *others = (conv.weight.detach() for conv in weights.convs)
+        packed = [kernels.pack_reference(stem, dtype), *(weight.permute(0, 2, 3, 1).to(dtype) for weight in others)]
         self.convs = [
-            ConvWeights(weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous(), bias.detach().float(), *rest)
-            for weight, bias, *rest in weights.convs
+            conv._replace(weight=weight.contiguous(), bias=conv.bias.detach().float())
+            for conv, weight in zip(weights.convs, packed, strict=True)
         ]
-        stem = kernels.pack_reference(weights.convs[0].weight.detach(), dtype).contiguous()
-        self.convs[0] = self.convs[0]._replace(weight=stem)
         self.stages = [[_in_types(block, dtype) for block in stage] for stage in weights.stages]
         self.head = (weights.head_weight.detach().float(), weights.head_bias.detach().float())
         self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
@@ -80,7 +79,10 @@ class TritonNetwork(nn.Module):
 
 
 def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x @ weight.T + bias); in 16 bits on a GPU in the product's epilogue, by the tanh formula, within 5e-4."""
+    """gelu(x @ weight.T + bias); in 16 bits on a GPU in the product's epilogue, by the tanh formula, within 5e-4.
+
+    In float32 PyTorch's products follow torch.set_float32_matmul_precision.
+    """
     if x.is_cuda and x.dtype != torch.float32:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
     return F.gelu(F.linear(x, weight, bias))

@@ -39,6 +39,7 @@ STEPS = [
         ("full", "fitted mixer-first mixer-last overlap"),
         ("deleted", "deeper overlap mixer-last"),
         ("mixer-last", "mixer"),
+        ("mixer", "overlap"),
     )
     for after in afters.split()
 ]

@@ -82,14 +82,14 @@ def test_time_is_put_down_to_where_it_is_spent(part, kind):
     model = tiny().eval()
     block = model.stages[2].blocks[0]
     setattr(block, part, Slow(getattr(block, part), 0.03))
-    found = profile(model, images(), **QUICK)
+    found = profile(model, images(), **QUICK | {"rounds": 15})  # medians, whatever else the machine does
     shares = {name: values["share"] for name, values in found.by_kind().items()}
     assert max(shares, key=shares.get) == (kind or "rest of the blocks")
     slowest = max(found.modules, key=lambda m: m.latency_ms)
     assert slowest.name == f"stages.2.blocks.0{f'.{part}' if kind else ''}"
     assert slowest.latency_ms > 29
     if kind:
-        assert next(step for step in found.steps if step.name == kind).added_ms > 20  # a difference of two times
+        assert next(step for step in found.steps if step.name == kind).added_ms > 29
 
 
 def made_up(sum_of_whole: float) -> Profile:
