@@ -75,7 +75,10 @@ def write_ladder_report(folders: Sequence[Path], destination: Path) -> Path:
 
 
 def _models(comparison: Comparison, runs: Sequence[Run]) -> tuple[dict[str, nn.Module], Tensor]:
-    """The lowest seed's model of each rung at the largest budget that has most of them, and some images."""
+    """The lowest seed's model of each rung, and some images.
+
+    At the largest budget that has most of them; what was not run there, at its own largest.
+    """
     wanted = [rung for rung in IN_PICTURES if rung in comparison.rungs]
     ladder = max(
         comparison.ladders,
@@ -83,9 +86,8 @@ def _models(comparison: Comparison, runs: Sequence[Run]) -> tuple[dict[str, nn.M
     )
     by_name = {run.path.name: run for run in runs}
     chosen: dict[str, Record] = {}
-    for one in comparison.records:
-        if one["ladder"] == ladder and one["rung"] in wanted:
-            chosen.setdefault(one["rung"], one)
+    for one in sorted(comparison.records, key=lambda one: (one["ladder"] != ladder, -comparison.steps[one["ladder"]])):
+        chosen.setdefault(one["rung"], one)
     models = {rung: load(by_name[chosen[rung]["run"]].best()) for rung in wanted if rung in chosen}
     run = next(by_name[one["run"]] for one in comparison.records)
     recipe = run.recipe()
@@ -124,15 +126,12 @@ def _accuracy_over_steps(comparison: Comparison) -> str:
         if len(points) > 1:
             means = [sum(values) / len(values) for _, values in points]
             axes.plot([steps for steps, _ in points], means, "o-", color=color, label=rung)
-            axes.annotate(
-                rung, (points[-1][0], means[-1]), (7, 0), textcoords="offset points", va="center", color=color
-            )
     axes.set_xscale("log")
     ticks = list(comparison.steps.values())
     axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
     axes.minorticks_off()
     axes.set(xlabel="training steps", title=f"top-1 on {comparison.split}, %: a dot a seed, lines through the means")
-    axes.margins(x=0.12)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return svg(figure, "steps")
 
 
