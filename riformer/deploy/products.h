@@ -240,6 +240,7 @@ struct Amx {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    asm volatile("" : : "m"(config));  // the intrinsic names eight bytes only, and the compiler drops the rest
     _tile_loadconfig(&config);
   }
   static void end() { _tile_release(); }
