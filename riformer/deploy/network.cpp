@@ -91,18 +91,18 @@ struct NetworkOf : Network {
 
   void add_conv(const float* weight, const float* bias, int columns, int in_chans, int kernel, int stride,
                 int padding) override {
-    // The images come as [channel, y, x], so the stem's K runs in that order; maps are [y, x, channel, padded].
-    int in_row = stages.empty() ? in_chans : round_up(in_chans, PANEL), area = kernel * kernel;
-    std::vector<float> ordered;
-    if (!stages.empty()) {
-      ordered.assign(size_t(columns) * area * in_row, 0.0f);
-      for (long n = 0; n < columns; n++)
-        for (int c = 0; c < in_chans; c++)
-          for (int i = 0; i < area; i++)
-            ordered[(n * area + i) * in_row + c] = weight[(n * in_chans + c) * area + i];
-      weight = ordered.data();
-    }
-    stages.push_back({Product(weight, bias, columns, area * in_row), in_chans, kernel, stride, padding, {}});
+    // K runs as the operand is read: images as [channel, y, x], lines padded to eights, maps as [y, x, channel, padded].
+    const bool is_stem = stages.empty();
+    const int line = round_up(kernel, 8), in_row = round_up(in_chans, PANEL);
+    const int k_size = is_stem ? in_chans * kernel * line : kernel * kernel * in_row;
+    std::vector<float> ordered(size_t(columns) * k_size);
+    for (int n = 0; n < columns; n++)
+      for (int c = 0; c < in_chans; c++)
+        for (int y = 0; y < kernel; y++)
+          for (int x = 0; x < kernel; x++)
+            ordered[long(n) * k_size + (is_stem ? (c * kernel + y) * line + x : (y * kernel + x) * in_row + c)] =
+                *weight++;
+    stages.push_back({Product(ordered.data(), bias, columns, k_size), in_chans, kernel, stride, padding, {}});
   }
 
   void add_block(const float* const* t, int hidden) override {
@@ -119,22 +119,24 @@ struct NetworkOf : Network {
   // Products whose operands stay in the first-level cache, on every thread: no network can be faster. Returns how many
   // multiply-accumulates they were.
   double multiply_in_cache(int threads, int repeats) override {
-    constexpr int GROUPS = 8;
+    constexpr long CACHE_BYTES = 40 * 1024;
+    const long bytes = (P::row_size(2) - P::row_size(1)) * long(sizeof(T));  // of a row's group
+    const int groups = CACHE_BYTES / ((P::ROWS + PANEL) * bytes);
 #pragma omp parallel num_threads(threads)
     {
       const Vec one = Vec{} + 1;
-      auto a = array<T>(round_up(P::ROWS, 16) * P::row_size(GROUPS));
+      auto a = array<T>(round_up(P::ROWS, 16) * P::row_size(groups));
       for (int r = 0; r < P::ROWS; r++)
-        for (int k = 0; k < GROUPS; k++) P::put(P::row(a.get(), r, GROUPS) + k * P::GROUP, one, one);
-      Array<T> b(P::pack(std::vector<float>(PANEL * GROUPS * 32, 1.0f).data(), PANEL, GROUPS * 32));
+        for (int k = 0; k < groups; k++) P::put(P::row(a.get(), r, groups) + k * P::GROUP, one, one);
+      Array<T> b(P::pack(std::vector<float>(PANEL * groups * 32, 1.0f).data(), PANEL, groups * 32));
       P::begin();
       for (int i = 0; i < repeats; i++)
-        P::multiply(a.get(), P::ROWS, b.get(), 0, 1, GROUPS, [](int, int, int, const float* out) {
+        P::multiply(a.get(), P::ROWS, b.get(), 0, 1, groups, [](int, int, int, const float* out) {
           asm volatile("" : : "r"(out) : "memory");  // the result counts as read
         });
       P::end();
     }
-    return double(threads) * repeats * P::ROWS * PANEL * GROUPS * 32;
+    return double(threads) * repeats * P::ROWS * PANEL * groups * 32;
   }
 
   // Scratch memory of one call, kept for the next one.
@@ -148,8 +150,8 @@ struct NetworkOf : Network {
   std::vector<std::unique_ptr<Workspace>> idle;
   std::mutex idle_lock;
 
-  static constexpr long OPERAND_BYTES = 560 * 1024;  // of H for a block of rows: half of a second-level cache
-  static constexpr long MAP_BYTES = 8 << 20;         // of the first stage, for each thread: further images wait
+  static constexpr long OPERAND_BYTES = 768 * 1024;  // of H for a block of rows: a part of the second-level cache
+  static constexpr long MAP_BYTES = 16 << 20;        // of the first stage, for each thread: further images wait
 
   static long rows_at_once(const Product& widest) {
     return std::max(OPERAND_BYTES / (P::row_size(widest.groups) * long(sizeof(T))) / P::ROWS, 1L) * P::ROWS;
@@ -278,31 +280,44 @@ struct NetworkOf : Network {
       for (long sample = thread; sample < num; sample += threads) compute(sample);
     }
 
-    // A row of the stem's operand: the pixels under the kernel, [channel, y, x].
-    void take_pixels(const Stage& stage, const float* image, int height, int width, int y0, int x0, float* patch) const {
-      int kernel = stage.kernel;
+    // The pixels under the stem's kernel, each line of them padded to whole eights, zero where there is no image.
+    static void copy_pixels(const Stage& stage, const float* image, int height, int width, int y0, int x0, float* to) {
       for (int c = 0; c < stage.in_chans; c++)
-        for (int y = y0; y < y0 + kernel; y++, patch += kernel) {
+        for (int y = y0; y < y0 + stage.kernel; y++) {
           const float* line = image + (long(c) * height + y) * width;
-          if (y < 0 || y >= height) std::fill(patch, patch + kernel, 0.0f);
-          else if (x0 >= 0 && x0 + 16 <= width && kernel <= 16) store(patch, load(line + x0));
-          else for (int j = 0; j < kernel; j++) patch[j] = x0 + j < 0 || x0 + j >= width ? 0 : line[x0 + j];
+          for (int x = x0; x < x0 + round_up(stage.kernel, 8); x++)
+            *to++ = y < 0 || y >= height || x < 0 || x >= width ? 0 : line[x];
         }
     }
 
     void conv(const Stage& stage, bool is_stem, const float* input, long in_row, int height, int width, float* map) {
       const Product& product = stage.conv;
       const int out_width = stage.out(width), groups = product.groups;
-      std::vector<float> patch(is_stem ? groups * 32 + 16 : 0);
+      // The stem reads eight pixels at a time, from where they are in the image or from a copy of those at its edge.
+      const int line = round_up(stage.kernel, 8);
+      std::vector<float> edge(is_stem ? groups * 32 : 0);
+      std::vector<long> in_image(edge.size() / 8), in_edge(edge.size() / 8);
+      for (int i = 0; i < int(in_edge.size()); i++) {
+        long x = i * 8L % line, y = i * 8L / line % stage.kernel, c = i * 8L / line / stage.kernel;
+        in_image[i] = c < stage.in_chans ? (c * height + y) * width + x : 0;
+        in_edge[i] = i * 8L;
+      }
       in_blocks(mine, rows_at_once(product), [&](long first, int rows) {
         for (int r = 0; r < rows; r++) {
           long sample = (first + r) / tokens, token = (first + r) % tokens;
           int y0 = token / out_width * stage.stride - stage.padding, x0 = token % out_width * stage.stride - stage.padding;
           T* to = P::row(a, r, groups);
           if (is_stem) {
-            take_pixels(stage, input + sample * stage.in_chans * height * width, height, width, y0, x0, patch.data());
-            for (int k = product.k_size; k < groups * 32; k++) patch[k] = 0;
-            for (int g = 0; g < groups; g++, to += P::GROUP) P::put(to, load(&patch[g * 32]), load(&patch[g * 32 + 16]));
+            const float* from = input + sample * stage.in_chans * height * width;
+            const long* at = in_image.data();
+            if (y0 >= 0 && y0 + stage.kernel <= height && x0 >= 0 && x0 + line <= width) {
+              from += long(y0) * width + x0;
+            } else {
+              copy_pixels(stage, from, height, width, y0, x0, edge.data());
+              from = edge.data(), at = in_edge.data();
+            }
+            for (int g = 0; g < groups; g++, at += 4, to += P::GROUP)
+              P::put(to, joined(from + at[0], from + at[1]), joined(from + at[2], from + at[3]));
             continue;
           }
           for (int y = y0; y < y0 + stage.kernel; y++)

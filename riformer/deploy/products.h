@@ -25,10 +25,16 @@ constexpr int PANEL = 32;  // columns of B that are computed at once, and channe
 typedef float Vec __attribute__((vector_size(64)));  // 16 floats; where registers are shorter, several of them
 typedef float LooseVec __attribute__((vector_size(64), aligned(4), may_alias));
 inline Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
+typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias));
+inline Vec joined(const float* low, const float* high) {
+  return __builtin_shufflevector(*reinterpret_cast<const LooseEight*>(low), *reinterpret_cast<const LooseEight*>(high),
+                                 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
 #ifdef __AVX512F__
 inline Vec clamped(Vec x, float most) {
-  return (Vec)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(-most)), _mm512_set1_ps(most));
+  constexpr int SMALLER_MAGNITUDE = 2, SIGN_OF_FIRST = 0;
+  return (Vec)_mm512_range_ps((__m512)x, _mm512_set1_ps(most), SMALLER_MAGNITUDE | SIGN_OF_FIRST << 2);
 }
 #else
 inline Vec clamped(Vec x, float most) {
@@ -240,7 +246,7 @@ struct Amx {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    asm volatile("" : : "m"(config));  // the intrinsic names eight bytes only, and the compiler drops the rest
+    asm volatile("" : : "m"(config));  // the intrinsic says it reads eight bytes; others would not be written
     _tile_loadconfig(&config);
   }
   static void end() { _tile_release(); }
@@ -262,6 +268,7 @@ struct Amx {
   static void multiply(const T* a, int rows, const T* b, int first_panel, int last_panel, int groups, Done done) {
     alignas(64) float out[32 * PANEL];
     const long size = long(groups) * GROUP;  // of 16 rows of A, or 16 columns of B
+    asm volatile("" : : : "memory");  // nor does the intrinsic that loads a tile say what it reads
     for (int n = first_panel; n < last_panel; n++)
       for (int m = 0; m < rows; m += 32) {
         const T *a0 = a + m / 16 * size, *a1 = a0 + size, *b0 = b + 2 * n * size, *b1 = b0 + size;
