@@ -10,7 +10,7 @@ import json
 from functools import partial
 from itertools import product
 
-from options import RESULTS, options, turn_seconds
+from options import of_machine, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench
@@ -24,7 +24,7 @@ ENGINES = {
 
 
 def main() -> None:
-    given = options(__doc__, RESULTS, rounds=7).parse_args()
+    given = options(__doc__, of_machine(), rounds=7).parse_args()
     console = Console()
     engines = [name for name in ENGINES if not given.smoke or name in ("eager", "openvino", "ours")]
     models, batch_sizes, img_size = (MODELS, (1, 8, 32), 224) if not given.smoke else (("riformer_micro",), (2,), 32)

@@ -1,9 +1,18 @@
-"""What the scripts beside this file share: their options."""
+"""What the scripts beside this file share: their options, and where results go."""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+import torch
+
+from riformer.deploy.native import supported
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def of_machine() -> Path:
+    """The folder for what is measured on machines like this one: by what they multiply with."""
+    return RESULTS / ("gpu" if torch.cuda.is_available() else [*supported(), "cpu"][0])
 
 
 def options(description: str | None, out: Path, rounds: int = 9) -> ArgumentParser:

@@ -6,7 +6,7 @@ python benchmarks/resolution.py
 from functools import partial
 
 import torch
-from options import RESULTS, options, turn_seconds
+from options import of_machine, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench
@@ -16,7 +16,7 @@ BATCH_SIZE = 64 if torch.cuda.is_available() else 4
 
 
 def main() -> None:
-    parser = options(__doc__, RESULTS / "resolution.json")
+    parser = options(__doc__, of_machine() / "resolution.json")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images at once")
     given = parser.parse_args()
     model, sizes = ("riformer_s12", (224, 320, 384, 512)) if not given.smoke else ("riformer_micro", (32, 48))

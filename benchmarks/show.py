@@ -93,14 +93,17 @@ def blocks() -> dict[Path, dict[str, str]]:
     def read(name: str) -> dict[str, Any]:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
-    made = {name: table(read(name)) for name in ("cpu_riformer_s12", "cpu_riformer_m36", "throughput")}
-    made |= {"resolution": pace(read("resolution")), "latency": shares(RESULTS / "latency")}
+    made = {"latency": shares(RESULTS / "latency")}
+    for machine in ("amx", "avx512_bf16"):
+        for file in (RESULTS / machine).glob("*.json"):
+            name = f"{machine}/{file.stem}"
+            made[name] = pace(read(name)) if file.stem == "resolution" else table(read(name))
     found = ladder()
     told = "\n".join(found.headline())
     return {
         ROOT / "docs" / "speed.md": made,
         ROOT / "docs" / "results.md": {"ladder_headline": told, "ladder": markdown(found, LADDER)},
-        ROOT / "README.md": {"speed": headline(read("cpu_riformer_s12")), "ladder": told},
+        ROOT / "README.md": {"speed": headline(read("amx/cpu_riformer_s12")), "ladder": told},
     }
 
 

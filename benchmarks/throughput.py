@@ -4,13 +4,13 @@ The rows of the paper's throughput table at 224 px in bf16: OpenVINO on a CPU, t
 RIFormers also on their own runtime. `riformer report` renders the result beside the published accuracies.
 
     python benchmarks/throughput.py
-    riformer report benchmarks/results/throughput.json
+    riformer report benchmarks/results/amx/throughput.json
 """
 
 from functools import partial
 
 import torch
-from options import RESULTS, options, turn_seconds
+from options import of_machine, options, turn_seconds
 from rich.console import Console
 
 from riformer.study.bench import Competitor, bench
@@ -22,7 +22,7 @@ PEERS = ("resnet50", "deit_small_patch16_224", "deit_base_patch16_224", "convnex
 
 
 def main() -> None:
-    parser = options(__doc__, RESULTS / "throughput.json", rounds=7)
+    parser = options(__doc__, of_machine() / "throughput.json", rounds=7)
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images at once")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
     given = parser.parse_args()
