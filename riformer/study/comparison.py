@@ -36,6 +36,7 @@ STEPS = [
         ("soft", "soft-labels soft-t2 soft-t4"),
         ("affine", "start imitation-block imitation-mixer imitation-relation"),
         ("imitation", "imitation-constant imitation-first-phase"),
+        ("start", "full"),
         ("full", "fitted mixer-first mixer-last overlap"),
         ("deleted", "deeper overlap mixer-last"),
         ("mixer-last", "mixer"),
