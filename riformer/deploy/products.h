@@ -25,18 +25,22 @@ constexpr int PANEL = 32;  // columns of B that are computed at once, and channe
 typedef float Vec __attribute__((vector_size(64)));  // 16 floats; where registers are shorter, several of them
 typedef float LooseVec __attribute__((vector_size(64), aligned(4), may_alias));
 inline Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
-typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias));
-inline Vec joined(const float* low, const float* high) {
-  return __builtin_shufflevector(*reinterpret_cast<const LooseEight*>(low), *reinterpret_cast<const LooseEight*>(high),
-                                 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
 inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
 #ifdef __AVX512F__
+inline Vec joined(const float* low, const float* high) {  // eight floats from each
+  return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
 inline Vec clamped(Vec x, float most) {
   constexpr int SMALLER_MAGNITUDE = 2, SIGN_OF_FIRST = 0;
   return (Vec)_mm512_range_ps((__m512)x, _mm512_set1_ps(most), SMALLER_MAGNITUDE | SIGN_OF_FIRST << 2);
 }
 #else
+inline Vec joined(const float* low, const float* high) {
+  Vec value;
+  std::memcpy(&value, low, sizeof value / 2);
+  std::memcpy(reinterpret_cast<char*>(&value) + sizeof value / 2, high, sizeof value / 2);
+  return value;
+}
 inline Vec clamped(Vec x, float most) {
   __m256 halves[2];
   std::memcpy(halves, &x, sizeof x);
