@@ -13,8 +13,8 @@ from itertools import product
 from options import of_machine, options, turn_seconds
 from rich.console import Console
 
-from riformer.study.bench import Competitor, bench
-from riformer.tables import print_bench
+from riformer.cli.tables import print_bench
+from riformer.measure.bench import Competitor, bench
 
 MODELS = ("riformer_s12", "riformer_m36")
 ENGINES = {

@@ -2,7 +2,7 @@
 
 Fits P of each number of terms to the error of GELU itself, as near to the smallest largest error as reweighted least
 squares come (Lawson), with P such that GELU is exact beyond the clamp. Prints the coefficients that stand in
-riformer/deploy, and the error that they leave in float32. On a GPU it is y * (1 + tanh(y * (y^2 + a))) / (2 s) with
+riformer/runtime, and the error that they leave in float32. On a GPU it is y * (1 + tanh(y * (y^2 + a))) / (2 s) with
 y = s x: fits s and a.
 
     python benchmarks/fit_gelu.py

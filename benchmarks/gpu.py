@@ -21,9 +21,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from riformer.study.bench import Competitor, bench
-from riformer.study.latency import Spread
-from riformer.tables import print_bench
+from riformer.cli.tables import print_bench
+from riformer.measure.bench import Competitor, bench
+from riformer.measure.latency import Spread
 
 SIZES = (224, 320, 384, 512)
 

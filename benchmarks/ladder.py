@@ -20,13 +20,13 @@ from options import RESULTS
 from rich.console import Console
 
 from riformer.atomic import write_text
+from riformer.cli.progress import TrainProgress
 from riformer.config import ModelConfig, Recipe
+from riformer.measure.quoted import LADDER
 from riformer.model.weights import load, save
-from riformer.progress import TrainProgress
 from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs_paper
 from riformer.study.comparison import Comparison, Record, markdown, record
 from riformer.study.ladder import run_ladder
-from riformer.study.quoted import LADDER
 
 
 class Part(NamedTuple):

@@ -10,10 +10,10 @@ from options import RESULTS, options
 from rich.console import Console
 
 from riformer.atomic import write_text
-from riformer.study.bench import open_network
-from riformer.study.profile import profile
-from riformer.study.profile_figure import draw
-from riformer.tables import print_profile
+from riformer.cli.tables import print_profile
+from riformer.measure.bench import open_network
+from riformer.measure.profile import profile
+from riformer.pages.profile import draw
 from riformer.train.run import environment
 
 BATCH_SIZE = 256 if torch.cuda.is_available() else 4

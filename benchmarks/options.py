@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from riformer.deploy.native import supported
+from riformer.runtime.native import supported
 
 RESULTS = Path(__file__).parent / "results"
 

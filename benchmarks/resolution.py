@@ -11,8 +11,8 @@ import torch
 from options import of_machine, options, turn_seconds
 from rich.console import Console
 
-from riformer.study.bench import Competitor, bench
-from riformer.tables import print_bench
+from riformer.cli.tables import print_bench
+from riformer.measure.bench import Competitor, bench
 
 BATCH_SIZE = 64 if torch.cuda.is_available() else 4
 

@@ -12,11 +12,11 @@ from typing import Any
 from options import RESULTS
 
 from riformer.atomic import replace_file, write_text
+from riformer.measure.quoted import LADDER, QUOTED
+from riformer.pages.ladder import forest
+from riformer.pages.speed import network_name, where
+from riformer.pages.style import drawing
 from riformer.study.comparison import Comparison, markdown
-from riformer.study.ladder_report import forest
-from riformer.study.page import drawing
-from riformer.study.quoted import LADDER, QUOTED
-from riformer.study.speed_report import network_name, where
 
 INSTRUCTIONS = {"amx": "AMX", "avx512_bf16": "AVX-512 and its bf16", "avx512": "AVX-512", "avx2": "AVX2"}
 ROOT = Path(__file__).parents[1]

@@ -20,8 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
+from riformer.cli.progress import TrainProgress
 from riformer.config import DistillConfig, Recipe, TeacherConfig
-from riformer.progress import TrainProgress
 from riformer.recipes import FULL, RECIPES, labels, teacher_recipe
 from riformer.study.ladder import run_ladder
 from riformer.train.run import Run

@@ -13,8 +13,8 @@ import torch
 from options import of_machine, options, turn_seconds
 from rich.console import Console
 
-from riformer.study.bench import Competitor, bench
-from riformer.tables import print_bench
+from riformer.cli.tables import print_bench
+from riformer.measure.bench import Competitor, bench
 
 BATCH_SIZE = 256 if torch.cuda.is_available() else 8
 SIZES = ("s12", "s24", "s36", "m36", "m48")

@@ -3,12 +3,12 @@
 Importing this package registers the models with timm: `timm.create_model("riformer_s12")`.
 """
 
-from riformer.deploy.runtime import optimize
 from riformer.model import variants as variants
 from riformer.model.fuse import fold, fuse
 from riformer.model.hub import from_pretrained
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load, save, save_pretrained, start_from
+from riformer.runtime.optimize import optimize
 from riformer.version import __version__
 
 __all__ = [

@@ -6,7 +6,7 @@ where only a browser gets it, linked from the README of raoyongming/GFNet: put i
 the number of GPUs; for less memory raise `--optim.accumulation`, for fewer GPUs too.
 
 The costs are estimates on paper, for the GPU on which the paper measured throughput, made from published inference
-speeds by `gpu_hours` in riformer/study/cost.py; `riformer train --recipe NAME --dry-run` measures your own. The
+speeds by `gpu_hours` in riformer/measure/cost.py; `riformer train --recipe NAME --dry-run` measures your own. The
 accuracies are the published ones. This project has not yet reproduced them.
 
 Choices where the sources are silent: the weights of the terms and their fading, as in all recipes here; 20 epochs of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from riformer.config import DataConfig
-from riformer.train.data import open_dataset
+from riformer.data.dataset import open_dataset
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start

@@ -67,7 +67,7 @@ def test_the_bars_of_a_gpu_follow_from_the_files(tmp_path, gpu):
 
 
 def test_every_gpu_question_names_engines_that_exist(gpu):
-    from riformer.deploy.backends import BACKENDS
+    from riformer.export.engines import BACKENDS
 
     for question in (*gpu.QUESTIONS, *gpu.SMOKE):
         for entry in question.entries:

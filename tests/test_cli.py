@@ -21,11 +21,11 @@ import riformer_cli
 from riformer import cli
 from riformer.cli import options
 from riformer.config import DataConfig
+from riformer.data.dataset import DATASETS
 from riformer.model.fuse import FORMS
 from riformer.model.mixers import MIXERS
 from riformer.recipes import RECIPES, RUNGS, labels
 from riformer.study.evaluation import evaluate_model
-from riformer.train.data import DATASETS
 from riformer.train.loop import train
 from riformer.train.run import Run
 

@@ -91,7 +91,9 @@ def test_the_commands_for_own_images_run(tmp_path, image_folder):
 
 def test_docs_name_files_verbs_and_recipes_that_exist():
     text = README + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
-    named = set(re.findall(r"`((?:model|distill|train|deploy|study)/\w+\.py|recipes\.py)", text))
+    named = set(
+        re.findall(r"`((?:model|distill|data|train|runtime|export|measure|study|pages)/\w+\.py|recipes\.py)", text)
+    )
     assert len(named) > 8
     assert [name for name in named if not (ROOT / "riformer" / name).is_file()] == []
     tests = set(re.findall(r"`(tests/[\w/]+\.py)", text))

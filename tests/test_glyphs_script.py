@@ -9,7 +9,7 @@ import pytest
 from scripts import load_script
 
 from riformer.config import DataConfig
-from riformer.train.data import open_dataset
+from riformer.data.dataset import open_dataset
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu, STIX and Computer Modern
 

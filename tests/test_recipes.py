@@ -9,6 +9,7 @@ import timm
 
 import riformer
 from riformer.config import DistillConfig, ModelConfig, OptimConfig, Recipe, check, from_dict, to_dict
+from riformer.measure.cost import gpu_hours
 from riformer.model.variants import VARIANTS
 from riformer.recipes import (
     DEFAULT_RUNGS,
@@ -21,7 +22,6 @@ from riformer.recipes import (
     labels_long,
     teacher_recipe,
 )
-from riformer.study.cost import gpu_hours
 
 
 @pytest.mark.parametrize("rung", RUNGS)

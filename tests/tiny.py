@@ -6,7 +6,7 @@ import timm
 import torch
 
 import riformer
-from riformer.study.bench import randomised as randomised
+from riformer.measure.bench import randomised as randomised
 
 SIZE: dict[str, Any] = dict(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=5, img_size=64)
 IMAGE = (2, 3, 64, 64)

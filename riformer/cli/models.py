@@ -11,15 +11,15 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from riformer.cli.options import console, errors, load_model, verb_parser
-from riformer.deploy.parity import compare
-from riformer.deploy.predict import Prediction, find_images, predict
+from riformer.distill.teachers import describe
+from riformer.measure.cost import count_params
 from riformer.model.fuse import FORMS, deploy_form, mixing
 from riformer.model.hub import check_repository, push
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
-from riformer.study.card import model_card
-from riformer.study.cost import count_params
-from riformer.study.evaluation import describe
+from riformer.pages.card import model_card
+from riformer.runtime.parity import compare
+from riformer.runtime.predict import Prediction, find_images, predict
 from riformer.train.run import Run
 
 

@@ -8,13 +8,13 @@ import torch
 from rich.table import Table
 
 from riformer.cli.options import console, known, verb_parser
+from riformer.data.dataset import DATASETS
+from riformer.measure.cost import count_params
 from riformer.model.mixers import MIXERS
+from riformer.pages.ladder import write_ladder_report
+from riformer.pages.report import write_report
+from riformer.pages.speed import write_speed_report
 from riformer.recipes import RECIPES, RUNGS
-from riformer.study.cost import count_params
-from riformer.study.ladder_report import write_ladder_report
-from riformer.study.report import write_report
-from riformer.study.speed_report import write_speed_report
-from riformer.train.data import DATASETS
 
 
 def report(argv: list[str]) -> int:

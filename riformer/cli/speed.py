@@ -8,12 +8,12 @@ import torch
 
 from riformer.atomic import write_text
 from riformer.cli.options import console, errors, verb_parser
-from riformer.deploy.backends import BACKENDS
-from riformer.deploy.runtime import DTYPES
-from riformer.study.bench import bench, competitors, open_network
-from riformer.study.profile import profile
-from riformer.study.profile_figure import draw
-from riformer.tables import print_bench, print_profile
+from riformer.cli.tables import print_bench, print_profile
+from riformer.export.engines import BACKENDS
+from riformer.measure.bench import bench, competitors, open_network
+from riformer.measure.profile import profile
+from riformer.pages.profile import draw
+from riformer.runtime.optimize import DTYPES
 from riformer.train.run import environment
 
 

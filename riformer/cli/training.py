@@ -19,13 +19,13 @@ from riformer.cli.options import (
     recipe_parser,
     verb_parser,
 )
+from riformer.cli.progress import TrainProgress
+from riformer.cli.tables import print_projections, print_runs
 from riformer.config import DataConfig
-from riformer.progress import TrainProgress
+from riformer.measure.dryrun import dry_run
 from riformer.recipes import DEFAULT_RUNGS, RUNGS, at_budget
-from riformer.study.dryrun import dry_run
 from riformer.study.evaluation import evaluate_model, evaluate_run
 from riformer.study.ladder import run_ladder, run_recipe
-from riformer.tables import print_projections, print_runs
 from riformer.train.run import Run
 
 

@@ -177,3 +177,12 @@ def build_teacher(
     if (channels := model.pretrained_cfg["input_size"][0]) != 3:
         raise ValueError(f"teacher {reference} takes images of {channels} channels, but the student's have 3")
     return Teacher(model, student_mean, student_std, img_size, compile)
+
+
+def describe(model: nn.Module) -> str:
+    """Architecture and token mixers, such as `riformer_s12 affine`; those of all members of an ensemble."""
+    if isinstance(model, Ensemble):
+        return " + ".join(map(describe, model.teachers))
+    model = model.model if isinstance(model, Teacher) else model
+    mixers = dict.fromkeys(model.mixers) if isinstance(model, MetaFormer) else {}
+    return " ".join([str(model.pretrained_cfg["architecture"]), *mixers])

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from riformer.config import DataConfig
-from riformer.deploy.parity import compare, full_float32
-from riformer.distill.teachers import Ensemble, Teacher
+from riformer.data.batches import eval_batches
+from riformer.data.dataset import Dataset, ImageList, open_dataset
+from riformer.distill.teachers import describe
+from riformer.measure.cost import count_macs, count_params
+from riformer.measure.latency import Spread, images_per_s
 from riformer.model.fuse import deploy_form
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
-from riformer.study.cost import count_macs, count_params
-from riformer.study.latency import Spread, images_per_s
-from riformer.train.batches import eval_batches
+from riformer.preprocess import Preprocessing
+from riformer.runtime.parity import compare, full_float32
 from riformer.train.build import build_teachers
-from riformer.train.data import Dataset, ImageList, open_dataset
 from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.run import Run, environment
 
@@ -46,6 +48,11 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(best).to(device)
+    preprocessing, num_workers = Preprocessing.of_model(student), recipe.data.num_workers
+
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        return eval_batches(images, preprocessing, BATCH_SIZE, num_workers)
+
     models = {"student": student, "deploy": deploy_form(student)}
     distill = replace(recipe.distill, module_teacher="", compile_teachers=False)
     teacher, _ = build_teachers(replace(recipe, distill=distill), run, data.classes, device)
@@ -55,7 +62,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     results: dict[str, Evaluation] = {}
     for name, model in models.items():
-        results[name] = evaluate(model, eval_batches(images, recipe.data, BATCH_SIZE), num_classes)
+        results[name] = evaluate(model, batches(), num_classes)
         rows[name] = {
             "name": describe(model),
             **{key: getattr(results[name], key) for key in ("top1", "top5", "loss")},
@@ -63,7 +70,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
             "macs": count_macs(model, recipe.data.img_size),
         }
 
-    example = next(iter(eval_batches(images, recipe.data, BATCH_SIZE)))[0].to(device)
+    example = next(iter(batches()))[0].to(device)
     rates = images_per_s(models, example)
     for name, values in rates.items():
         rows[name]["images_per_s"] = asdict(Spread.of(values))
@@ -77,9 +84,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
         pairs = zip(rates["deploy"], rates["teacher"], strict=True)
         speed["ratio"] = asdict(Spread.of([fused / own for fused, own in pairs]))
 
-    parity = compare(
-        student, models["deploy"], (x.to(device) for x, _ in eval_batches(images, recipe.data, BATCH_SIZE))
-    )
+    parity = compare(student, models["deploy"], (x.to(device) for x, _ in batches()))
     evaluation = {
         **environment(world_size=1),
         "split": split,
@@ -88,7 +93,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
         "fuse": asdict(parity),
         "speed": speed,
         "confusion": results["deploy"].confusion.tolist(),
-        "samples": _samples(models["deploy"], images, recipe.data),
+        "samples": _samples(models["deploy"], images, batches()),
     }
     run.write("evaluation.json", evaluation)
     return evaluation
@@ -108,9 +113,8 @@ def evaluate_model(
         ValueError: the data has no such split, or a class that the model does not know.
     """
     config = model.pretrained_cfg
-    data = replace(
-        data, img_size=config["input_size"][-1], **{name: config[name] for name in ("crop_pct", "mean", "std")}
-    )
+    preprocessing = Preprocessing.of_model(model)
+    data = replace(data, img_size=preprocessing.input_size[-1])  # of which only glyphs take notice
     dataset = open_dataset(data, seed, record, whole=not split and record is None)
     split = _chosen_split(dataset, split)
     names = list(config.get("label_names") or dataset.classes)
@@ -121,7 +125,8 @@ def evaluate_model(
     own_index = torch.tensor([names.index(name) for name in dataset.classes])
 
     def batches() -> Any:
-        return ((x, own_index[y]) for x, y in eval_batches(dataset.splits[split], data, BATCH_SIZE))
+        images = eval_batches(dataset.splits[split], preprocessing, BATCH_SIZE, data.num_workers)
+        return ((x, own_index[y]) for x, y in images)
 
     forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
@@ -134,20 +139,11 @@ def _chosen_split(data: Dataset, split: str) -> str:
     return split
 
 
-def describe(model: nn.Module) -> str:
-    """Architecture and token mixers, such as `riformer_s12 affine`; those of all members of an ensemble."""
-    if isinstance(model, Ensemble):
-        return " + ".join(map(describe, model.teachers))
-    model = model.model if isinstance(model, Teacher) else model
-    mixers = dict.fromkeys(model.mixers) if isinstance(model, MetaFormer) else {}
-    return " ".join([str(model.pretrained_cfg["architecture"]), *mixers])
-
-
 @torch.no_grad()
-def _samples(model: nn.Module, images: ImageList, data: DataConfig) -> list[dict[str, Any]]:
+def _samples(model: nn.Module, images: ImageList, batches: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     """Some images with their predictions: up to a third wrong ones, the rest right, both spread over the split."""
     device = next(model.parameters()).device
-    probabilities = torch.cat([model(x.to(device)).softmax(1).cpu() for x, _ in eval_batches(images, data, BATCH_SIZE)])
+    probabilities = torch.cat([model(x.to(device)).softmax(1).cpu() for x, _ in batches])
     probability, prediction = probabilities.max(dim=1)
     is_right = prediction == torch.tensor(images.labels)
     wrong = _spread_out((~is_right).nonzero().flatten(), NUM_SAMPLES // 3)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from riformer.config import Recipe
+from riformer.data.batches import preprocessing
+from riformer.data.dataset import Dataset
 from riformer.distill.imitation import Imitation, match_blocks
 from riformer.distill.objective import IMITATION, Objective
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
 from riformer.model.weights import start_at, start_from
 from riformer.recipes import teacher_recipe
-from riformer.train.data import Dataset
 from riformer.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -34,15 +36,10 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
         near = get_close_matches(config.name, timm.list_models()) or timm.list_models("riformer_*")
         raise ValueError(f"model.name is {config.name!r}, which timm does not know; did you mean one of {near}?")
     size = recipe.data.img_size
-    preprocessing = {
+    noted = {
+        **asdict(preprocessing(recipe.data)),  # whatever the weights of this name take
         "url": "",
-        "input_size": (3, size, size),
-        "crop_pct": recipe.data.crop_pct,
-        "crop_mode": "center",  # as eval_transform does, whatever the name's own weights ask for
-        "interpolation": "bicubic",
-        "license": None,  # theirs is not that of weights trained here
-        "mean": recipe.data.mean,
-        "std": recipe.data.std,
+        "license": None,  # weights trained here do not inherit it
         "label_names": data.classes,
     }
     args: dict[str, Any] = {}
@@ -55,9 +52,7 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
             args = {"drop_path_rate": config.drop_path_rate, **args}
         if takes(config.name, "img_size", **args):
             args["img_size"] = size
-        model = timm.create_model(
-            config.name, num_classes=len(data.classes), pretrained_cfg_overlay=preprocessing, **args
-        )
+        model = timm.create_model(config.name, num_classes=len(data.classes), pretrained_cfg_overlay=noted, **args)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
     return model.to(memory_format=_layout(recipe))  # which what it computes follows

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
+from riformer.data.batches import TrainBatches, TrainPart, eval_batches, preprocessing
+from riformer.data.dataset import open_dataset
 from riformer.distill.imitation import fit_affines
 from riformer.distill.objective import Objective, imitation_scale
 from riformer.distill.teachers import open_model
 from riformer.model.weights import save, start_at, start_from
 from riformer.recipes import teacher_recipe
-from riformer.train.batches import TrainBatches, TrainPart, eval_batches
 from riformer.train.build import (
     build_imitation,
     build_model,
@@ -31,7 +32,6 @@ from riformer.train.build import (
     build_teachers,
     try_on_paper,
 )
-from riformer.train.data import open_dataset
 from riformer.train.distributed import (
     any_process,
     average_gradients,
@@ -221,7 +221,9 @@ def _train(
             kept = ema.module if ema else model
             share_buffers(kept)
             size = optim.batch_size // world_size // optim.accumulation
-            val_batches = eval_batches(data.splits["val"], recipe.data, size, rank, world_size)
+            val_batches = eval_batches(
+                data.splits["val"], preprocessing(recipe.data), size, recipe.data.num_workers, rank, world_size
+            )
             result = evaluate(kept, val_batches, len(data.classes), optim.precision)
             line = {
                 "kind": "epoch", "epoch": epoch, "step": step, "val_top1": result.top1, "val_top5": result.top5,

@@ -5,9 +5,9 @@ from importlib.metadata import version
 from typing import Any
 
 from riformer.config import Recipe
+from riformer.data.dataset import Dataset
 from riformer.distill.cache import TeacherCache, fingerprint
 from riformer.distill.teachers import Ensemble, Teacher
-from riformer.train.data import Dataset
 from riformer.train.run import Run
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")  # which draw and apply the augmentations

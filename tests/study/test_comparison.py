@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from scipy.stats import t, ttest_rel
 
+from riformer.measure.quoted import LADDER
 from riformer.recipes import RECIPES, RUNGS, at_budget, quickstart
 from riformer.study.comparison import STEPS, T_QUANTILES, Comparison, Difference, markdown, record, split_name
 from riformer.study.ladder import run_ladder
-from riformer.study.quoted import LADDER
 
 
 def one(ladder: str, rung: str, seed: int, top1: float, steps: int = 100, **more) -> dict:

@@ -12,9 +12,9 @@ from train.test_loop import EPOCHS, STEPS, lines, losses, plain, run_processes, 
 
 import riformer
 from riformer.config import DistillConfig, ModelConfig, Recipe, TeacherConfig
+from riformer.data.batches import eval_batches, preprocessing
+from riformer.data.dataset import open_dataset
 from riformer.study.evaluation import evaluate_run
-from riformer.train.batches import eval_batches
-from riformer.train.data import open_dataset
 from riformer.train.evaluate import evaluate
 from riformer.train.loop import train
 from riformer.train.run import Run
@@ -233,5 +233,5 @@ def test_batch_norm_is_evaluated_as_one_model_over_processes(tmp_path):
     assert run_processes(recipe, tmp_path, 2) == [0, 0]
     epoch = next(line for line in lines(tmp_path) if line["kind"] == "epoch")
     images = open_dataset(recipe.data, recipe.seed).splits["val"]
-    best = evaluate(riformer.load(tmp_path), eval_batches(images, recipe.data, 50), 10, "fp32")
+    best = evaluate(riformer.load(tmp_path), eval_batches(images, preprocessing(recipe.data), 50), 10, "fp32")
     assert best.loss == pytest.approx(epoch["val_loss"], rel=1e-4)

@@ -1,0 +1,1 @@
+"""Which images a network sees: data sets in splits, batches of them, augmentation."""

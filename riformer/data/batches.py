@@ -1,0 +1,288 @@
+"""Images of a split -> batches that are pure functions of (seed, epoch, step), on any number of processes.
+
+Every draw has a seed of its own, and the global generators are restored after it; `augment.policy` warp draws from no
+generator.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from riformer.config import AugmentConfig, DataConfig
+from riformer.data.dataset import ImageList
+from riformer.data.warp import GOLDEN, warp
+from riformer.preprocess import Preprocessing
+
+
+@contextmanager
+def seeded(*keys: int) -> Iterator[None]:
+    """Draws inside depend on the keys alone; Python's, NumPy's and torch's CPU generators are restored at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        _seed_generators(*keys)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_generators(*keys: int) -> None:
+    seed = _seed_from(*keys)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+
+
+def _seed_from(*keys: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big")
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, which for its strongest level asks Pillow to keep 0 bits: black, but Pillow 13 refuses."""
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
+
+
+def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform: random crop, flip, colour, erasing. Draws from the global generators: see `seeded`.
+
+    Choice: bicubic, and erased rectangles filled with normal noise, as in the trainings of DeiT and PoolFormer.
+
+    Shape: RGB image -> [3, img_size, img_size], normalised.
+
+    Raises:
+        ValueError: timm knows no such `auto_augment`.
+    """
+    try:
+        return create_transform(
+            data.img_size,
+            is_training=True,
+            scale=augment.crop_scale,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment or None,
+            interpolation="bicubic",
+            mean=data.mean,
+            std=data.std,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+        )
+    except AssertionError as error:
+        raise ValueError(f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses: {error}") from error
+
+
+def preprocessing(data: DataConfig) -> Preprocessing:
+    """How images are evaluated: the shorter side resized to img_size / crop_pct (bicubic), then the centre."""
+    size = (3, data.img_size, data.img_size)
+    return Preprocessing(size, data.crop_pct, "center", "bicubic", data.mean, data.std)
+
+
+TrainPart = tuple[Tensor, Tensor, Tensor]  # images, targets, and the indices of the images in their list
+
+
+class _TrainParts:
+    """A part of a batch by its key (epoch, step, part, indices), and a pure function of it."""
+
+    def __init__(
+        self,
+        images: ImageList,
+        num_classes: int,
+        data: DataConfig,
+        augment: AugmentConfig,
+        seed: int,
+        rank: int,
+        num_augmentations: int,
+    ):
+        self.images = images
+        self.num_classes = num_classes
+        self.transform = train_transform(data, augment)
+        self.warps = augment.policy == "warp"
+        self.mixup = None
+        if augment.mixes:
+            self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
+        self.seed = seed
+        self.rank = rank
+        self.num_augmentations = num_augmentations
+
+    def __getitem__(self, key: tuple[int, int, int, list[int]]) -> TrainPart:
+        epoch, step, part, indices = key
+        labels = torch.tensor([self.images.labels[index] for index in indices])
+        if self.warps:
+            targets = F.one_hot(labels, self.num_classes).float()
+            return torch.from_numpy(self.images.source[indices]), targets, torch.tensor(indices)
+        with seeded(self.seed, epoch):  # restores once, and each draw below has its own seed
+            images = torch.stack([self.augmented(epoch, index) for index in indices])
+            if self.mixup is None:
+                return images, F.one_hot(labels, self.num_classes).float(), torch.tensor(indices)
+            _seed_generators(self.seed, epoch, step, self.rank, part)
+            return *self.mixup(images, labels), torch.tensor(indices)
+
+    def augmented(self, epoch: int, index: int) -> Tensor:
+        image = self.images.read(index)
+        _seed_generators(self.seed, epoch % self.num_augmentations if self.num_augmentations else epoch, index)
+        return self.transform(image)
+
+
+class TrainBatches:
+    """Augmented batches of a training split; what they hold depends on the arguments, the epoch and the step alone.
+
+    `batch_size` images make one optimiser step: over all `world_size` processes, of which this is `rank`, and all
+    `accumulation` parts of each. Which images a step sees does not depend on how it is divided. Images at the end of
+    an epoch's order that fill no batch are left out.
+
+    Images are augmented anew in every epoch; with `num_augmentations` above 0 they have so many augmentations, of which
+    epoch e takes number e mod `num_augmentations`. The order is a new one in every epoch all the same.
+
+    With the policy warp, whole parts are augmented on `device`, where they then are.
+
+    Raises:
+        ValueError: the batch cannot be divided, there are fewer images than one batch, or they cannot be warped.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        num_classes: int,
+        data: DataConfig,
+        augment: AugmentConfig,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        num_augmentations: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        if augment.policy == "warp" and (isinstance(images.source, Path) or images.source.ndim != 3):
+            raise ValueError("--augment.policy warp is for grey images in memory: digits, fashion-mnist, glyphs")
+        if batch_size % (world_size * accumulation):
+            raise ValueError(
+                f"--optim.batch-size {batch_size} does not divide by {world_size} processes x {accumulation} parts"
+            )
+        if len(images) < batch_size:
+            raise ValueError(f"--optim.batch-size {batch_size} is more than the {len(images)} training images")
+        self.part_size = batch_size // (world_size * accumulation)
+        if augment.mixes and self.part_size % 2:
+            raise ValueError(
+                f"mixup and cutmix pair images, but --optim.batch-size {batch_size} makes parts of {self.part_size}"
+            )
+        self.data, self.augment, self.device = data, augment, device
+        self.num_augmentations = num_augmentations
+        self.num_images = len(images)
+        self.num_workers = data.num_workers
+        self.seed = seed
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.steps_per_epoch = len(images) // batch_size
+        self.parts = _TrainParts(images, num_classes, data, augment, seed, rank, num_augmentations)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[TrainPart]]:
+        """For each optimiser step from `start_step` on, this process's `accumulation` parts.
+
+        A part is images, targets, and the indices of the images among all. Targets are probabilities: one-hot, or mixed
+        by mixup and cutmix.
+
+        Shape: images [n, 3, img_size, img_size], targets [n, num_classes], indices [n], n = batch_size / world_size /
+        accumulation.
+        """
+        order = self._order(epoch)
+        keys = []
+        for step in range(start_step, self.steps_per_epoch):
+            for part in range(self.accumulation):
+                start = step * self.batch_size + (self.rank * self.accumulation + part) * self.part_size
+                keys.append((epoch, step, part, order[start : start + self.part_size]))
+        loaded = iter(_load(self.parts, keys, self.num_workers))
+        for _ in range(start_step, self.steps_per_epoch):
+            yield [self._finished(epoch, next(loaded)) for _ in range(self.accumulation)]
+
+    def left_out(self, epoch: int) -> Iterable[TrainPart]:
+        """This process's share of the images that fill no batch of an epoch, in parts like those of `epoch`.
+
+        The last part is filled up by repeating its images.
+        """
+        left = self._order(epoch)[self.steps_per_epoch * self.batch_size :][self.rank :: self.world_size]
+        starts = range(0, len(left), self.part_size)
+        parts = [left[start : start + self.part_size] for start in starts]
+        full = [(part * self.part_size)[: self.part_size] for part in parts]  # a teacher's bits depend on the number
+        keys = [(epoch, self.steps_per_epoch, *part) for part in enumerate(full)]
+        return (self._finished(epoch, part) for part in _load(self.parts, keys, self.num_workers))
+
+    def _finished(self, epoch: int, part: TrainPart) -> TrainPart:
+        """The part, warped if that is the policy: by keys that depend on seed, epoch and index alone."""
+        if self.augment.policy != "warp":
+            return part
+        images, targets, indices = part
+        number = epoch % self.num_augmentations if self.num_augmentations else epoch
+        start = int.from_bytes(_seed_from(self.seed, number).to_bytes(8, "big"), "big", signed=True)
+        keys = (indices * GOLDEN + start).to(self.device)
+        grey = warp(images.to(self.device, non_blocking=True), keys, self.data.img_size)[:, None]
+        mean, std = (
+            torch.tensor(values, device=grey.device).view(3, 1, 1) for values in (self.data.mean, self.data.std)
+        )
+        return (grey - mean) / std, targets, indices
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_seed_from(self.seed, epoch))
+        return torch.randperm(self.num_images, generator=generator).tolist()
+
+
+class _EvalParts:
+    """A batch by its indices."""
+
+    def __init__(self, images: ImageList, preprocessing: Preprocessing):
+        self.images = images
+        self.transform = preprocessing.transform()
+
+    def __getitem__(self, indices: range) -> tuple[Tensor, Tensor]:
+        images = torch.stack([self.transform(self.images.read(index)) for index in indices])
+        return images, torch.tensor([self.images.labels[index] for index in indices])
+
+
+def eval_batches(
+    images: ImageList,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches of this process's share of a split; over all processes each image comes once.
+
+    Shape: images [n, *preprocessing.input_size], labels [n], n <= batch_size.
+    """
+    share = range(rank, len(images), world_size)
+    keys = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    return _load(_EvalParts(images, preprocessing), keys, num_workers)
+
+
+def _load(parts: Any, keys: list, num_workers: int) -> DataLoader:
+    """`parts[key]` for each key, in order, computed in worker processes if there are any.
+
+    Its own generator keeps torch's global one untouched.
+    """
+    return DataLoader(
+        parts,
+        batch_size=None,
+        sampler=keys,
+        num_workers=min(num_workers, len(keys)),
+        collate_fn=tuple,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,1 +1,0 @@
-"""How the network is used after training: parity checks and predictions."""

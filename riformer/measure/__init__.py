@@ -1,0 +1,1 @@
+"""Times, limits and costs of networks and trainings."""

@@ -1,0 +1,96 @@
+"""How fast a network could be: its matrix products alone, and the rate of products that the device reaches at all."""
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from riformer.runtime.native import UnavailableError, products_in_cache
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.convolution.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects the calls of products, with their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS:
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **kwargs or {})
+
+
+@torch.inference_mode(False)  # in which products would not be taken apart far enough to be told
+@torch.no_grad()
+def products_alone(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    """A callable that computes the network's convolutions and matrix products in eager mode, and nothing between them.
+
+    No norm, activation or residual add: what is left of a network when the rest costs nothing. Operands stay as the
+    example's forward pass left them, so the callable's own images do not matter. A fused runtime with better products
+    can be faster than this; the products' peak is the harder limit.
+    """
+    cast = deepcopy(model).eval().to(dtype).to(memory_format=torch.channels_last)
+    with _Recorder() as recorder:
+        cast(example.clone().to(dtype, memory_format=torch.channels_last))
+    calls = [(func, *tree_map_only(Tensor, Tensor.detach, rest)) for func, *rest in recorder.calls]
+
+    def run(images: Tensor) -> None:
+        for func, args, kwargs in calls:
+            func(*args, **kwargs)
+
+    return run
+
+
+@torch.no_grad()
+def product_peak(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
+    """A callable that measures the most multiply-accumulates per second that there can be.
+
+    On a CPU these are products of the processor's best instructions on operands that stay in the first-level cache, so
+    that memory takes no part; without them, and on a GPU, one large square product.
+    """
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
+    if device.type == "cpu" and precision:
+        try:
+            products_in_cache(precision, 1)
+        except UnavailableError:
+            pass
+        else:
+            return lambda: _rate(partial(products_in_cache, precision, 100_000))
+    # Choice: 512 on a CPU, where one without bf16 instructions takes two seconds for a product of 1024
+    size, repeats = (8192, 10) if device.type == "cuda" else (512, 1)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def multiply() -> float:
+        for _ in range(repeats):
+            torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return repeats * size**3
+
+    return lambda: _rate(multiply)
+
+
+def _rate(compute: Callable[[], float]) -> float:
+    began = time.perf_counter()
+    done = compute()
+    return done / (time.perf_counter() - began)

@@ -1,0 +1,1 @@
+"""HTML pages and model cards about what was trained and measured."""

@@ -1,0 +1,84 @@
+"""Parity and prediction."""
+
+import io
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from riformer.runtime.parity import compare
+from riformer.runtime.predict import class_names, predict
+
+LOGITS = torch.tensor([[1.0, -4.0], [0.5, 0.25], [2.0, 3.0]])
+
+
+def test_parity_reports_the_largest_difference_over_all_batches():
+    batches = [torch.zeros(3, 1), torch.ones(3, 1)]
+
+    def candidate(images):
+        return LOGITS + torch.tensor([[0.0, 0.0], [0.0, 0.5], [0.0, 0.0]]) * images
+
+    report = compare(lambda images: LOGITS, candidate, batches)
+    assert report.num_images == 6
+    assert report.max_abs == pytest.approx(0.5)
+    assert report.max_rel == pytest.approx(0.5 / 4)
+    assert report.top1_agreement == pytest.approx(5 / 6)
+
+
+def test_nan_is_no_agreement():
+    report = compare(torch.ones_like, lambda x: x * torch.nan, [torch.ones(1, 2), torch.ones(1, 2)])
+    assert not report.max_rel <= 1e9
+
+
+def test_parity_of_equals_is_zero_and_of_nothing_an_error():
+    report = compare(lambda x: LOGITS, lambda x: LOGITS, [torch.zeros(3, 1)])
+    assert (report.max_abs, report.max_rel, report.top1_agreement) == (0, 0, 1)
+    with pytest.raises(ValueError, match="no images"):
+        compare(lambda x: LOGITS, lambda x: LOGITS, [])
+
+
+def small(**config):
+    torch.manual_seed(0)
+    overlay = {"input_size": (3, 16, 16), "crop_pct": 1.0, **config}
+    return timm.create_model("riformer_micro", num_classes=3, pretrained_cfg_overlay=overlay).eval()
+
+
+def png(color: str) -> io.BytesIO:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 30), color).save(buffer, "PNG")
+    return buffer
+
+
+def test_predictions_keep_the_order_whatever_the_batch_and_are_the_models_own():
+    model = small(label_names=["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    colors = ["red", "green", "blue", "white", "black"]
+    one, many = (list(predict(model, map(png, colors), top_k=3, batch_size=n)) for n in (1, 4))
+    assert len(one) == 5
+    for color, single, batched in zip(colors, one, many, strict=True):
+        pixel = torch.tensor(Image.new("RGB", (1, 1), color).getpixel((0, 0))) / 255
+        pixel = (pixel - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.5, 0.6, 0.7])
+        expected = model(pixel.view(1, 3, 1, 1).expand(1, 3, 16, 16)).softmax(1)[0]
+        for prediction in (single, batched):
+            assert {n: pytest.approx(p, abs=1e-4) for n, p in prediction.classes} == dict(
+                zip("abc", expected.tolist(), strict=True)
+            )
+
+
+def test_an_unreadable_image_is_an_error_of_its_own():
+    predictions = list(predict(small(), [png("red"), io.BytesIO(b"no image"), png("blue")]))
+    assert [bool(p.error) for p in predictions] == [False, True, False]
+    assert predictions[1].classes == ()
+
+
+def test_class_names_fall_back_to_imagenets_and_to_numbers():
+    assert class_names(small()) == ["0", "1", "2"]
+    with torch.device("meta"):
+        names = class_names(timm.create_model("riformer_s12"))
+    assert len(names) == 1000
+    assert "goldfish" in names[1]
+
+
+def test_top_k_below_one_is_refused():
+    with pytest.raises(ValueError, match="top_k is 0"):
+        list(predict(small(), [png("red")], top_k=0))
