@@ -1,6 +1,7 @@
 """Every knob of a training, as frozen dataclasses. A `Recipe` holds them all; recipes.py makes recipes."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
 WITH_ROOT = ("fashion-mnist", "cifar10", "cifar100", "glyphs")
@@ -113,8 +114,6 @@ class DistillConfig:
     """whose logits are learned: "own" (trained first in the same run), a run folder, a model folder or file, timm:NAME
     for a pretrained model, timm:NAME@FILE for one with your weights, local-dir:FOLDER or hf-hub:NAME; a list of such
     for the mean of their probabilities; empty for none"""
-    logit_teacher_weights: tuple[float, ...] = ()
-    """shares of several logit teachers in that mean; empty for equal ones"""
     module_teacher: str = ""
     """whose blocks and mixers are imitated, and whose weights the student may start from; named like one logit
     teacher"""
@@ -124,9 +123,6 @@ class DistillConfig:
     """torch.compile the teachers"""
     start_from_teacher: bool = False
     """start from the module teacher's weights, all but its mixers"""
-    fit_affine_batches: int = 0
-    """training batches on which the affines are fitted to the module teacher's mixers by least squares before the first
-    step; 0 starts them at s = 1, t = 0"""
     label_weight: float = 1.0
     """weight of the cross-entropy to the label"""
     hard_weight: float = 0.0
@@ -141,22 +137,11 @@ class DistillConfig:
     """weight of the distance between mixer outputs (L_out)"""
     relation_weight: float = 0.0
     """weight of the distance between token-by-token cosine similarities of block outputs (L_rel)"""
-    positions: str | tuple[str, ...] = "last"
-    """blocks that imitate: last (of each stage), all, or a list such as ["stages.0.blocks.1"]"""
-    block_match: Literal["normalised", "raw"] = "normalised"
-    """compare block outputs after a layer norm without parameters, or as they are"""
-    relation_tokens: int = 196
-    """most tokens of a map that the relation term compares; larger maps are average-pooled down to it"""
     schedule: Literal["constant", "cosine", "first_phase"] = "constant"
     """how the three imitation weights go over training: constant, cosine to zero, or on for the first part only"""
-    phase: float = 0.5
-    """share of training that the first_phase schedule lasts"""
     cache_augmentations: int = 0
     """augmentations of each image, taken in turns by the epochs, whose teacher outputs are kept, so that later epochs
     run without the logit teacher; 0 augments anew in every epoch and keeps none"""
-    cache_top_k: int = 0
-    """probabilities kept of each teacher output, the rest of its mass spread evenly over the other classes; 0 keeps all
-    logits"""
 
     @property
     def logit_teachers(self) -> tuple[str, ...]:
@@ -174,6 +159,28 @@ class DistillConfig:
     def trains_teacher(self) -> bool:
         """Whether the run trains a teacher of its own first."""
         return "own" in (*self.logit_teachers, self.module_teacher)
+
+
+@dataclass(frozen=True)
+class ResearchConfig:
+    """Details of distillation that experiments vary; a training on your own data does not need them."""
+
+    positions: str | tuple[str, ...] = "last"
+    """blocks that imitate: last (of each stage), all, or names such as stages.0.blocks.1"""
+    block_match: Literal["normalised", "raw"] = "normalised"
+    """compare block outputs after a layer norm without parameters, or as they are"""
+    relation_tokens: int = 196
+    """most tokens of a map that the relation term compares; larger maps are average-pooled down to it"""
+    phase: float = 0.5
+    """share of training that the first_phase schedule lasts"""
+    logit_teacher_weights: tuple[float, ...] = ()
+    """weights of several logit teachers in the mean of their probabilities; empty for equal ones"""
+    cache_top_k: int = 0
+    """probabilities kept of each teacher output, the rest of its mass spread evenly over the other classes; 0 keeps all
+    logits"""
+    fit_affine_batches: int = 0
+    """training batches on which the affines are fitted to the module teacher's mixers by least squares before the first
+    step; 0 starts them at s = 1, t = 0"""
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,11 @@ class Recipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    research: ResearchConfig = field(default_factory=ResearchConfig)
+
+
+MOVED = {f"distill.{f.name}": f"research.{f.name}" for f in fields(ResearchConfig)}
+"""Knobs that had another place in earlier versions, with the place of today."""
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -232,8 +244,18 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return asdict(recipe)
 
 
+def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe that an earlier version wrote, each under its name of today."""
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for old, new in MOVED.items():
+        (section, name), (new_section, new_name) = old.split("."), new.split(".")
+        if name in (values.get(section) or {}):
+            values.setdefault(new_section, {})[new_name] = values[section].pop(name)
+    return values
+
+
 def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
-    """The recipe that `to_dict` wrote.
+    """The recipe that `to_dict` wrote. One that an earlier version wrote needs `upgrade` first.
 
     Raises:
         ValueError: a knob that does not exist, or a value of another type; the message names it.
@@ -241,6 +263,8 @@ def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
     known = get_type_hints(cls)
     for name in values:
         if name not in known:
+            if (old := f"{_section(cls)}.{name}") in MOVED:
+                raise ValueError(f"{old} is now {MOVED[old]}")
             raise ValueError(f"{cls.__name__} has no {name!r}; it has {sorted(known)}")
     built = {}
     for f in fields(cls):
@@ -255,6 +279,11 @@ def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
     return cls(**built)
 
 
+def _section(cls: type) -> str:
+    """Where a recipe holds this class."""
+    return next((name for name, kind in get_type_hints(Recipe).items() if kind is cls), "")
+
+
 def check(recipe: Recipe) -> None:
     """Refuses settings that contradict each other or would have no effect.
 
@@ -262,6 +291,7 @@ def check(recipe: Recipe) -> None:
         ValueError: names the settings, their values and what is allowed.
     """
     data, augment, distill, optim = recipe.data, recipe.augment, recipe.distill, recipe.optim
+    research = recipe.research
     logits = distill.label_weight + distill.soft_weight + distill.hard_weight
     imitation = distill.block_weight + distill.mixer_weight + distill.relation_weight
     problems = []
@@ -284,8 +314,9 @@ def check(recipe: Recipe) -> None:
         (recipe.model, {"drop_path_rate": (0.0, 1 - 1e-6)}),
         (recipe.teacher, {"epochs": count, "lr": positive}),
         (distill, {**{f"{name}_weight": any_count for name in distill.weights}, "temperature": positive}),
-        (distill, {"relation_tokens": count, "phase": (1e-6, 1.0), "teacher_img_size": any_count}),
-        (distill, {"cache_augmentations": any_count, "cache_top_k": any_count, "fit_affine_batches": any_count}),
+        (distill, {"teacher_img_size": any_count, "cache_augmentations": any_count}),
+        (research, {"relation_tokens": count, "phase": (1e-6, 1.0)}),
+        (research, {"cache_top_k": any_count, "fit_affine_batches": any_count}),
         (optim, {"lr": positive, "min_lr": (0, optim.lr), "weight_decay": any_count, "epochs": count}),
         (optim, {"warmup_epochs": any_count, "batch_size": count, "accumulation": count, "clip_grad": any_count}),
         (optim, {"label_smoothing": (0.0, 1 - 1e-6), "ema_decay": (0.0, 1 - 1e-6)}),
@@ -303,27 +334,27 @@ def check(recipe: Recipe) -> None:
     teachers = distill.logit_teachers
     refuse(distill, "logit_teacher", bool(asks) and not teachers, "soft_weight or hard_weight needs one")
     refuse(distill, "logit_teacher", bool(teachers) and not asks, "soft_weight and hard_weight are 0")
-    shares = distill.logit_teacher_weights
+    shares = research.logit_teacher_weights
     refuse(
-        distill,
+        research,
         "logit_teacher_weights",
         bool(shares) and len(shares) != len(teachers),
         f"there are {len(teachers)} logit teachers",
     )
-    refuse(distill, "logit_teacher_weights", any(share <= 0 for share in shares), "shares must be positive")
+    refuse(research, "logit_teacher_weights", any(share <= 0 for share in shares), "shares must be positive")
     takes = imitation or distill.start_from_teacher
     refuse(distill, "module_teacher", bool(takes) and not distill.module_teacher, "imitation or the start needs one")
     refuse(distill, "module_teacher", bool(distill.module_teacher) and not takes, "nothing is taken from it")
     overwritten = bool(recipe.model.start) and distill.start_from_teacher
     refuse(recipe.model, "start", overwritten, "distill.start_from_teacher would overwrite it; set one of the two")
-    fits, foreign = distill.fit_affine_batches > 0, not recipe.model.name.startswith("riformer_")
+    fits, foreign = research.fit_affine_batches > 0, not recipe.model.name.startswith("riformer_")
     without = "affine" not in recipe.model.mixer or foreign
-    refuse(distill, "fit_affine_batches", fits and without, f"{recipe.model.name} has no affine here")
-    why = "affines are fitted behind the teacher's norms: set start_from_teacher"
-    refuse(distill, "fit_affine_batches", fits and not distill.start_from_teacher, why)
+    refuse(research, "fit_affine_batches", fits and without, f"{recipe.model.name} has no affine here")
+    why = "affines are fitted behind the teacher's norms: set distill.start_from_teacher"
+    refuse(research, "fit_affine_batches", fits and not distill.start_from_teacher, why)
 
     # kept teacher outputs
-    keeps, always = distill.cache_augmentations > 0, distill.schedule != "first_phase" or distill.phase == 1
+    keeps, always = distill.cache_augmentations > 0, distill.schedule != "first_phase" or research.phase == 1
     refuse(
         distill,
         "cache_augmentations",
@@ -344,27 +375,9 @@ def check(recipe: Recipe) -> None:
         "end (schedule first_phase, phase below 1), or set its weights to 0",
     )
 
-    # settings that would have no effect
-    def idle(section: Any, name: str, unless: object, why: str) -> None:
-        changed = getattr(section, name) != getattr(type(section)(), name)
-        refuse(section, name, changed and not unless, f"has no effect: {why}")
-
-    for name in ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init"):
-        idle(recipe.model, name, not foreign, f"{recipe.model.name} is no riformer_*; use model.args")
-    idle(recipe.teacher, "args", recipe.teacher.name, "teacher.name is empty")
-    for name in ("teacher_img_size", "compile_teachers"):
-        idle(distill, name, teachers or distill.module_teacher, "no teacher is named")
-    idle(distill, "cache_augmentations", teachers, "no logit teacher is named")
-    idle(distill, "cache_top_k", keeps, "cache_augmentations is 0")
-    idle(distill, "temperature", distill.soft_weight, "soft_weight is 0")
-    idle(distill, "block_match", distill.block_weight, "block_weight is 0")
-    idle(distill, "relation_tokens", distill.relation_weight, "relation_weight is 0")
-    idle(distill, "positions", imitation, "the imitation weights are 0")
-    idle(distill, "schedule", imitation, "the imitation weights are 0")
-    idle(distill, "phase", distill.schedule == "first_phase", "schedule is not first_phase")
-    idle(data, "root", data.name in WITH_ROOT, f"only {', '.join(WITH_ROOT)} have one")
-    for f in fields(augment):
-        idle(augment, f.name, f.name == "policy" or augment.policy == "timm", "augment.policy is warp")
+    for place, why in idle(recipe):
+        section_name, name = place.split(".")
+        refuse(getattr(recipe, section_name), name, True, f"has no effect: {why}")
 
     # what must agree
     if optim.batch_size % max(1, optim.accumulation):
@@ -374,3 +387,45 @@ def check(recipe: Recipe) -> None:
     refuse(optim, "warmup_epochs", optim.warmup_epochs >= optim.epochs, f"must be below the {optim.epochs} epochs")
     if problems:
         raise ValueError(f"recipe {recipe.name!r}:\n  " + "\n  ".join(problems))
+
+
+def idle(recipe: Recipe) -> list[tuple[str, str]]:
+    """Knobs that differ from their default and have no effect in this recipe, as (section.knob, why)."""
+    augment, distill = recipe.augment, recipe.distill
+    teachers, keeps = distill.logit_teachers, distill.cache_augmentations > 0
+    any_teacher = teachers or distill.module_teacher
+    imitation = distill.block_weight or distill.mixer_weight or distill.relation_weight
+    own_sizes = recipe.model.name.startswith("riformer_")
+    sizes = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init")
+    timm_only = tuple(f.name for f in fields(augment) if f.name != "policy")
+    rules: tuple[tuple[str, tuple[str, ...], object, str], ...] = (
+        ("model", sizes, own_sizes, f"{recipe.model.name} is no riformer_*; use model.args"),
+        ("teacher", ("args",), recipe.teacher.name, "teacher.name is empty"),
+        ("distill", ("teacher_img_size", "compile_teachers"), any_teacher, "no teacher is named"),
+        ("distill", ("cache_augmentations",), teachers, "no logit teacher is named"),
+        ("research", ("cache_top_k",), keeps, "cache_augmentations is 0"),
+        ("distill", ("temperature",), distill.soft_weight, "soft_weight is 0"),
+        ("research", ("block_match",), distill.block_weight, "block_weight is 0"),
+        ("research", ("relation_tokens",), distill.relation_weight, "relation_weight is 0"),
+        ("research", ("positions",), imitation, "the imitation weights are 0"),
+        ("distill", ("schedule",), imitation, "the imitation weights are 0"),
+        ("research", ("phase",), imitation and distill.schedule == "first_phase", "schedule is not first_phase"),
+        ("data", ("root",), recipe.data.name in WITH_ROOT, f"only {', '.join(WITH_ROOT)} have one"),
+        ("augment", timm_only, augment.policy == "timm", "augment.policy is warp"),
+    )
+    without_effect = [(section, name, why) for section, names, effect, why in rules if not effect for name in names]
+    return [(f"{s}.{name}", why) for s, name, why in without_effect if _is_changed(getattr(recipe, s), name)]
+
+
+def _is_changed(section: Any, name: str) -> bool:
+    return getattr(section, name) != getattr(type(section)(), name)
+
+
+def drop_idle(recipe: Recipe, keep: Collection[str] = ()) -> Recipe:
+    """The recipe with its idle knobs set back to their default, all but those to keep, given as section.knob."""
+    for place, _ in idle(recipe):
+        if place not in keep:
+            name, knob = place.split(".")
+            section: Any = getattr(recipe, name)
+            recipe = replace(recipe, **{name: replace(section, **{knob: getattr(type(section)(), knob)})})
+    return recipe

@@ -9,7 +9,17 @@ from dataclasses import replace
 from typing import Literal
 
 from riformer import published
-from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
+from riformer.config import (
+    AugmentConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    ResearchConfig,
+    TeacherConfig,
+    drop_idle,
+)
 from riformer.published import PARADIGM
 
 Rung = Callable[[Recipe], Recipe]
@@ -135,7 +145,7 @@ def at_budget(recipe: Recipe, times: int) -> Recipe:
 
 def labels(recipe: Recipe) -> Recipe:
     """The same network on labels alone, for as many steps."""
-    return replace(recipe, name=f"{recipe.name}-labels", distill=LABELS)
+    return replace(recipe, name=f"{recipe.name}-labels", distill=LABELS, research=ResearchConfig())
 
 
 def labels_long(recipe: Recipe) -> Recipe:
@@ -191,9 +201,8 @@ def imitation(recipe: Recipe) -> Recipe:
 
 def start(recipe: Recipe) -> Recipe:
     """The recipe as it is, but without imitation: the teacher's weights alone."""
-    unused = ("block_weight", "mixer_weight", "relation_weight", "positions", "block_match", "relation_tokens")
-    plain = {name: getattr(LABELS, name) for name in (*unused, "schedule", "phase")}
-    return _rung(recipe, "start", recipe.model.mixer, replace(recipe.distill, **plain))
+    distill = replace(recipe.distill, block_weight=0.0, mixer_weight=0.0, relation_weight=0.0)
+    return _rung(recipe, "start", recipe.model.mixer, replace(distill, schedule="constant"))
 
 
 def mixer_first(recipe: Recipe) -> Recipe:
@@ -228,7 +237,7 @@ def deeper(recipe: Recipe) -> Recipe:
 
 def fitted(recipe: Recipe) -> Recipe:
     """The recipe as it is, but its affines start as near to the teacher's mixers as they can: least squares."""
-    return replace(recipe, name=f"{recipe.name}-fitted", distill=replace(recipe.distill, fit_affine_batches=8))
+    return replace(recipe, name=f"{recipe.name}-fitted", research=replace(recipe.research, fit_affine_batches=8))
 
 
 def _softer(temperature: float) -> Rung:
@@ -243,10 +252,7 @@ def _softer(temperature: float) -> Rung:
 def _imitating(term: str) -> Rung:
     def rung(recipe: Recipe) -> Recipe:
         others = {f"{name}_weight": 0.0 for name in ("block", "mixer", "relation") if name != term}
-        unused = {name for name, of in (("block_match", "block"), ("relation_tokens", "relation")) if of != term}
-        plain = {name: getattr(LABELS, name) for name in unused}
-        distill = replace(imitation(recipe).distill, **others, **plain)
-        return _rung(recipe, f"imitation-{term}", recipe.model.mixer, distill)
+        return _rung(recipe, f"imitation-{term}", recipe.model.mixer, replace(imitation(recipe).distill, **others))
 
     rung.__doc__ = f"Imitation, its {term} term alone."
     return rung
@@ -254,7 +260,7 @@ def _imitating(term: str) -> Rung:
 
 def _scheduled(schedule: Literal["constant", "first_phase"]) -> Rung:
     def rung(recipe: Recipe) -> Recipe:
-        distill = replace(imitation(recipe).distill, schedule=schedule, phase=LABELS.phase)
+        distill = replace(imitation(recipe).distill, schedule=schedule)
         return _rung(recipe, f"imitation-{schedule.replace('_', '-')}", recipe.model.mixer, distill)
 
     rung.__doc__ = f"Imitation, with the schedule {schedule}."
@@ -273,15 +279,19 @@ def _depths(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _rung(recipe: Recipe, name: str, mixer: str | tuple[str, ...], distill: DistillConfig) -> Recipe:
-    return replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, mixer=mixer), distill=distill)
+    """The recipe with this mixer and loss. Knobs that have no effect then go back to their defaults.
+
+    What the rung itself sets stays, so that `check` refuses a rung without effect.
+    """
+    changed = replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, mixer=mixer), distill=distill)
+    return drop_idle(changed, keep=("model.mixer", "distill.schedule"))
 
 
 def _logits_alone(recipe: Recipe, label: float = 0.0, hard: float = 0.0, soft: float = 0.0) -> DistillConfig:
-    """What the recipe learns from, with these terms instead of its own: no module teacher, nothing about imitation."""
-    unused = ["module_teacher", "start_from_teacher", "block_weight", "mixer_weight", "relation_weight"]
-    unused += ["positions", "block_match", "relation_tokens", "schedule", "phase"] + ["temperature"] * (not soft)
-    plain = {name: getattr(LABELS, name) for name in unused}
-    return replace(recipe.distill, label_weight=label, hard_weight=hard, soft_weight=soft, **plain)
+    """What the recipe learns from, with these terms instead of its own: no module teacher, no imitation."""
+    terms = replace(LABELS, label_weight=label, hard_weight=hard, soft_weight=soft).weights
+    plain = {f"{name}_weight": weight for name, weight in terms.items()}
+    return replace(recipe.distill, module_teacher="", start_from_teacher=False, schedule="constant", **plain)
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -296,6 +306,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         name=f"{recipe.name}-teacher",
         model=model,
         distill=LABELS,
+        research=ResearchConfig(),
         optim=replace(recipe.optim, epochs=recipe.teacher.epochs, lr=recipe.teacher.lr),
     )
 

@@ -8,13 +8,24 @@ import pytest
 import timm
 
 import riformer
-from riformer.config import DistillConfig, ModelConfig, OptimConfig, Recipe, check, from_dict, to_dict
+from riformer.config import (
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    ResearchConfig,
+    check,
+    from_dict,
+    to_dict,
+    upgrade,
+)
 from riformer.measure.cost import gpu_hours
 from riformer.model.variants import VARIANTS
 from riformer.recipes import (
     DEFAULT_RUNGS,
     DEPTHS,
     FULL,
+    LABELS,
     RECIPES,
     RUNGS,
     at_budget,
@@ -135,7 +146,7 @@ def test_the_rungs_of_the_papers_ladder():
     assert more["mixer-last"].model.mixer == ("affine", "affine", "affine", "pooling")
     assert (more["overlap"].model.mixer, more["overlap"].model.down_patch) == ("nothing", 6)
     assert (more["deeper"].model.mixer, more["deeper"].model.depths) == ("nothing", (2, 2, 7, 2))
-    assert more["fitted"].distill == dataclasses.replace(recipe.distill, fit_affine_batches=8)
+    assert more["fitted"].research == dataclasses.replace(recipe.research, fit_affine_batches=8)
     assert more["deleted"].model.mixer == "nothing"
     assert (more["soft-labels"].distill.label_weight, more["soft-labels"].distill.soft_weight) == (0.5, 0.5)
     assert more["hard-alone"].distill.weights == {**rungs["hard"].distill.weights, "label": 0.0, "hard": 1.0}
@@ -152,7 +163,7 @@ def test_the_rungs_of_the_papers_ladder():
     )
     for rung in (*rungs.values(), *more.values()):  # and in nothing else
         changed = dataclasses.replace(rung, name=recipe.name, model=recipe.model, distill=recipe.distill)
-        assert changed == recipe
+        assert dataclasses.replace(changed, research=recipe.research) == recipe
     assert RUNGS["mixer"](RECIPES["quickstart"]()).model.mixer == "global_filter"
 
 
@@ -234,23 +245,12 @@ def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_lon
         ({"start_from_teacher": True}, "module_teacher is ''"),
         ({"module_teacher": "own"}, "nothing is taken from it"),
         ({"schedule": "cosine"}, "has no effect: the imitation weights are 0"),
-        ({"positions": "all"}, "has no effect: the imitation weights are 0"),
-        ({"block_match": "raw"}, "has no effect: block_weight is 0"),
-        ({"relation_tokens": 9}, "has no effect: relation_weight is 0"),
-        ({"phase": 0.3}, "has no effect: schedule is not first_phase"),
         ({"temperature": 2.0}, "has no effect: soft_weight is 0"),
         ({"temperature": 0.0}, "temperature is 0.0, but must lie in"),
         ({"teacher_img_size": 64}, "has no effect: no teacher is named"),
         ({"compile_teachers": True}, "has no effect: no teacher is named"),
-        (
-            {"logit_teacher": ("a", "b"), "soft_weight": 1.0, "logit_teacher_weights": (1.0,)},
-            "there are 2 logit teachers",
-        ),
-        ({"logit_teacher": ("a", "b"), "soft_weight": 1.0, "logit_teacher_weights": (1.0, 0.0)}, "must be positive"),
-        ({"phase": 2.0}, "phase is 2.0, but must lie in"),
         ({"cache_augmentations": 2}, r"cache_augmentations is 2, but has no effect: no logit teacher is named"),
         ({"cache_augmentations": -1}, r"cache_augmentations is -1, but must lie in 0"),
-        ({"cache_top_k": 5}, "cache_top_k is 5, but has no effect: cache_augmentations is 0"),
         ({"soft_weight": 1.0, "logit_teacher": "own", "cache_augmentations": 2}, r"augment\.mixup and augment\.cutmix"),
         ({"soft_weight": 1.0, "logit_teacher": "own", "cache_augmentations": 300}, "must be below the 300 epochs"),
     ],
@@ -260,12 +260,33 @@ def test_contradictions_in_distill_are_named(distill, message):
         check(Recipe(distill=DistillConfig(**distill)))
 
 
+TWO_TEACHERS = DistillConfig(logit_teacher=("a", "b"), soft_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("research", "distill", "message"),
+    [
+        ({"positions": "all"}, LABELS, "has no effect: the imitation weights are 0"),
+        ({"block_match": "raw"}, LABELS, "has no effect: block_weight is 0"),
+        ({"relation_tokens": 9}, LABELS, "has no effect: relation_weight is 0"),
+        ({"phase": 0.3}, LABELS, "has no effect: schedule is not first_phase"),
+        ({"phase": 2.0}, LABELS, "phase is 2.0, but must lie in"),
+        ({"cache_top_k": 5}, LABELS, "is 5, but has no effect: cache_augmentations is 0"),
+        ({"logit_teacher_weights": (1.0,)}, TWO_TEACHERS, "there are 2 logit teachers"),
+        ({"logit_teacher_weights": (1.0, 0.0)}, TWO_TEACHERS, "must be positive"),
+    ],
+)
+def test_contradictions_in_research_are_named(research, distill, message):
+    with pytest.raises(ValueError, match=message):
+        check(Recipe(distill=distill, research=ResearchConfig(**research)))
+
+
 @pytest.mark.parametrize(
     ("knobs", "sound"),
     [
         ({"module_teacher": "own"}, False),
         ({"module_teacher": "own", "schedule": "cosine"}, False),
-        ({"module_teacher": "own", "schedule": "first_phase", "phase": 1.0}, False),
+        ({"module_teacher": "own", "schedule": "first_phase", "research": ResearchConfig(phase=1.0)}, False),
         ({"module_teacher": "own", "schedule": "first_phase"}, True),
         ({"module_teacher": "timm:another"}, True),
         ({"module_teacher": "own", "logit_teacher": ("own", "timm:another")}, True),
@@ -274,7 +295,7 @@ def test_contradictions_in_distill_are_named(distill, message):
 def test_keeping_outputs_of_a_teacher_that_runs_in_every_step_all_the_same_is_refused(knobs, sound):
     still = dataclasses.replace(Recipe().augment, mixup=0.0, cutmix=0.0)
     kept = {"logit_teacher": "own", "soft_weight": 1.0, "block_weight": 1.0, "cache_augmentations": 9, **knobs}
-    recipe = Recipe(distill=DistillConfig(**kept), augment=still)
+    recipe = Recipe(research=kept.pop("research", ResearchConfig()), distill=DistillConfig(**kept), augment=still)
     if sound:
         check(recipe)
     else:
@@ -318,6 +339,16 @@ def test_the_defaults_are_sound():
 def test_a_value_of_another_type_in_a_file_is_named(value):
     with pytest.raises(ValueError, match=r"OptimConfig\.epochs is .*; it must be of type int"):
         from_dict({"optim": {"epochs": value}})
+
+
+def test_a_knob_that_moved_is_named_with_its_place_and_upgraded():
+    old = {"distill": {"positions": "all", "label_weight": 0.5}, "seed": 3}
+    with pytest.raises(ValueError, match=r"distill\.positions is now research\.positions"):
+        from_dict(old)
+    recipe = from_dict(upgrade(old))
+    assert (recipe.research.positions, recipe.distill.label_weight, recipe.seed) == ("all", 0.5, 3)
+    assert "positions" in old["distill"]
+    assert upgrade(to_dict(recipe)) == to_dict(recipe)
 
 
 def test_an_unknown_knob_in_a_file_is_named():

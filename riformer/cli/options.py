@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
-from riformer.config import Recipe, from_dict
+from riformer.config import Recipe, from_dict, upgrade
 from riformer.model.weights import load
 from riformer.recipes import RECIPES
 from riformer.train.distributed import is_main_process
@@ -56,7 +56,7 @@ def base_recipe(argv: list[str]) -> tuple[Namespace, Recipe]:
         return given, Run(given.resume).recipe()
     if given.config:
         try:
-            return given, from_dict(json.loads(Path(given.config).read_text()))
+            return given, from_dict(upgrade(json.loads(Path(given.config).read_text())))
         except json.JSONDecodeError as error:
             raise ValueError(f"--config {given.config} is not JSON: {error}") from error
     return given, RECIPES[known(given.recipe or "quickstart", RECIPES, "recipe")]()

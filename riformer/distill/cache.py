@@ -44,7 +44,7 @@ class TeacherCache:
     def __init__(self, folder: str | Path, num_augmentations: int, num_images: int, num_classes: int, top_k: int = 0):
         if top_k >= num_classes:
             raise ValueError(
-                f"distill.cache_top_k is {top_k}, but must be below the {num_classes} classes; 0 keeps all logits"
+                f"research.cache_top_k is {top_k}, but must be below the {num_classes} classes; 0 keeps all logits"
             )
         self.folder = Path(folder)
         self.shape = (num_augmentations, num_images)
@@ -72,7 +72,7 @@ class TeacherCache:
         if not self.folder.exists() and free < self.nbytes:
             raise ValueError(
                 f"no room for teacher outputs: {self.describe()}, where {_readable(free)} are free; lower "
-                f"distill.cache_augmentations, set distill.cache_top_k, or choose another --out"
+                f"distill.cache_augmentations, set research.cache_top_k, or choose another --out"
             )
 
     def create(self, origin: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ def _project(
         notes.append(f"one process takes {batches.part_size} images at once; N under torchrun take an Nth of them each")
     if distill.cache_augmentations:
         outputs = TeacherCache(
-            "teacher_outputs", distill.cache_augmentations, batches.num_images, num_classes, distill.cache_top_k
+            "teacher_outputs", distill.cache_augmentations, batches.num_images, num_classes, recipe.research.cache_top_k
         )
         notes.append(f"teacher outputs to be kept: {outputs.describe()} of the run")
         notes.append(f"after {distill.cache_augmentations} epochs the logit teacher rests, and a step takes less")

@@ -209,10 +209,12 @@ def _training(run: Run, recipe: Recipe, data: dict[str, Any]) -> str:
         as_what = " and ".join(role for role, names in roles.items() if reference in names)
         lines.append(f"{as_what.capitalize()}: {_teacher(reference, recipe)}.")
     if len(distill.logit_teachers) > 1:
-        shares = ", ".join(f"{share:g}" for share in distill.logit_teacher_weights) or "equal"
+        shares = ", ".join(f"{share:g}" for share in recipe.research.logit_teacher_weights) or "equal"
         lines.append(f"The logit teachers' probabilities were averaged, with shares: {shares}.")
     if distill.cache_augmentations:
-        kept = f"its {distill.cache_top_k} largest probabilities" if distill.cache_top_k else "all of it"
+        kept = (
+            f"its {recipe.research.cache_top_k} largest probabilities" if recipe.research.cache_top_k else "all of it"
+        )
         lines.append(
             f"Each image had {distill.cache_augmentations} augmentations, taken in turns by the epochs; of the logit "
             f"teacher's output on each of them, {kept} was kept and learned."
@@ -244,7 +246,10 @@ def _terms(recipe: Recipe) -> str:
         text += f", at temperature {distill.temperature:g}"
     if distill.schedule == "constant" or not set(weights) & set(IMITATION):
         return text
-    how = {"cosine": "going to 0 by a cosine", "first_phase": f"for the first {distill.phase:.0%} of training only"}
+    how = {
+        "cosine": "going to 0 by a cosine",
+        "first_phase": f"for the first {recipe.research.phase:.0%} of training only",
+    }
     return f"{text}; {', '.join(term for term in weights if term in IMITATION)} {how[distill.schedule]}"
 
 

@@ -16,7 +16,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from riformer.atomic import write_text
-from riformer.config import Recipe, to_dict
+from riformer.config import Recipe, to_dict, upgrade
 from riformer.distill.objective import TERMS
 from riformer.pages.style import ACCENT, GREY, PALETTE, drawing, environment, svg
 from riformer.train.run import Run
@@ -147,6 +147,7 @@ def _read_run(path: Path) -> RunRecord:
     steps, epochs = ([found[k] for k in sorted(found)] for found in records.values())
     teacher = _read_run(path / "teacher") if (path / "teacher" / "recipe.json").is_file() else None
     parts: dict[str, Any] = {n: Run(path).read(f"{n}.json") or {} for n in ("recipe", "env", "data", "evaluation")}
+    parts["recipe"] = upgrade(parts["recipe"])
     return RunRecord(path, steps=steps, epochs=epochs, num_broken_lines=num_broken, teacher=teacher, **parts)
 
 

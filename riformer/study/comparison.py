@@ -13,7 +13,7 @@ from math import log2, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from riformer.config import to_dict
+from riformer.config import Recipe, from_dict, to_dict, upgrade
 from riformer.recipes import RUNGS
 from riformer.train.run import Run
 
@@ -129,10 +129,10 @@ class Comparison:
             found = f"these are of {sorted(images)}" if images else "none is finished: give the ladder's command again"
             raise ValueError(f"a comparison is of finished runs on the same images, but {found}")
         self.data, self.split, self.num_images = images.pop()
-        recipes: dict[tuple[str, str], Record] = {}
+        recipes: dict[tuple[str, str], Recipe] = {}
         seen: dict[tuple[str, str, int], str] = {}
         for one in self.records:
-            name, rung, recipe = one["ladder"], one["rung"], {**one["recipe"], "seed": 0}
+            name, rung, recipe = one["ladder"], one["rung"], from_dict({**upgrade(one["recipe"]), "seed": 0})
             if (twin := seen.setdefault((name, rung, one["seed"]), one["run"])) != one["run"]:
                 raise ValueError(f"{twin} and {one['run']} are the same rung, ladder and seed; a comparison takes one")
             if recipes.setdefault((name, rung), recipe) != recipe:

@@ -76,7 +76,7 @@ def try_on_paper(recipe: Recipe, data: Dataset) -> None:
         student, teacher = build_model(recipe, data), build_model(teacher_recipe(recipe), data)
     build_optimizer(recipe, student, nn.ModuleDict())
     if recipe.distill.module_teacher == "own":
-        match_blocks(student, teacher, recipe.distill.positions)
+        match_blocks(student, teacher, recipe.research.positions)
         if recipe.distill.start_from_teacher:
             start_from(student, teacher.state_dict())
 
@@ -89,7 +89,7 @@ def build_imitation(recipe: Recipe, model: nn.Module, module_teacher: Teacher | 
         return None
     return Imitation(
         model, module_teacher, terms, recipe.data.img_size,
-        distill.positions, distill.block_match, distill.relation_tokens, recipe.seed,
+        recipe.research.positions, recipe.research.block_match, recipe.research.relation_tokens, recipe.seed,
     )  # fmt: skip
 
 
@@ -141,5 +141,5 @@ def build_teachers(
     logit_teachers = [built[reference] for reference in distill.logit_teachers]
     module_teacher = built.get(distill.module_teacher)
     if len(logit_teachers) > 1:
-        return Ensemble(logit_teachers, distill.logit_teacher_weights).to(device), module_teacher
+        return Ensemble(logit_teachers, recipe.research.logit_teacher_weights).to(device), module_teacher
     return (logit_teachers[0] if logit_teachers else None), module_teacher

@@ -120,8 +120,8 @@ def _train(
     )  # fmt: skip
     num_steps = optim.epochs * batches.steps_per_epoch
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
-    if distill.fit_affine_batches and module_teacher and not state:
-        first = chain.from_iterable(islice(batches.epoch(0), distill.fit_affine_batches))
+    if recipe.research.fit_affine_batches and module_teacher and not state:
+        first = chain.from_iterable(islice(batches.epoch(0), recipe.research.fit_affine_batches))
         fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first), mean_over_processes)
     optimizer = build_optimizer(recipe, model, projections)
     schedule = CosineLRScheduler(
@@ -188,7 +188,7 @@ def _train(
             model.train()
             for parts in batches.epoch(epoch, start_step=step % batches.steps_per_epoch):
                 schedule.step_update(step)
-                scale = imitation_scale(distill.schedule, step / num_steps, distill.phase)
+                scale = imitation_scale(distill.schedule, step / num_steps, recipe.research.phase)
                 terms = _backward(objective, parts, scale, student, optim.precision, device, recall)
                 if not isfinite(terms["loss"]):
                     raise RuntimeError(

@@ -24,7 +24,7 @@ def teacher_cache(recipe: Recipe, run: Run, data: Dataset) -> TeacherCache | Non
         return None
     num_images = len(data.splits["train"])
     folder = run.path / "teacher_outputs"
-    return TeacherCache(folder, distill.cache_augmentations, num_images, len(data.classes), distill.cache_top_k)
+    return TeacherCache(folder, distill.cache_augmentations, num_images, len(data.classes), recipe.research.cache_top_k)
 
 
 def origin(recipe: Recipe, data: Dataset, teacher: Teacher | Ensemble) -> dict[str, Any]:

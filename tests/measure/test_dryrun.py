@@ -8,9 +8,10 @@ import timm
 import torch
 
 import riformer
-from riformer import cli, tables
+from riformer import cli
+from riformer.cli import tables
 from riformer.cli.options import console
-from riformer.config import DistillConfig, ModelConfig
+from riformer.config import DistillConfig, ModelConfig, ResearchConfig
 from riformer.measure.dryrun import NUM_TIMED, Projection, build, count_data, dry_run
 from riformer.recipes import RECIPES, RUNGS
 
@@ -75,7 +76,8 @@ def test_times_add_up_and_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_all_that_a_recipe_can_ask_for_takes_part():
-    recipe = tiny("quickstart", logit_teacher=("own", "timm:test_vit"), logit_teacher_weights=(1.0, 3.0))
+    recipe = tiny("quickstart", logit_teacher=("own", "timm:test_vit"))
+    recipe = replace(recipe, research=ResearchConfig(logit_teacher_weights=(1.0, 3.0)))
     optim = replace(recipe.optim, clip_grad=1.0, ema_decay=0.9, precision="bf16")
     with pytest.raises(ValueError, match="has 1000 classes, but the data has 10"):
         dry_run(replace(recipe, optim=optim), device="cpu")
@@ -146,13 +148,17 @@ def test_a_teacher_still_to_be_fetched_has_random_weights_and_is_named():
         ({"logit_teacher": "timm:gfnet_h_b"}, "timm has no weights of gfnet_h_b; get a file"),
         ({"logit_teacher": "timm:nonsense"}, "timm:nonsense: .*nonsense"),
         ({"module_teacher": "timm:test_resnet"}, "ResNet is not known as a module teacher|does not fit"),
-        ({"positions": ("stages.9",)}, r"\['stages\.9'\] are no blocks of the student"),
         ({"soft_weight": 0.0}, "soft_weight and hard_weight are 0"),
     ],
 )
 def test_what_a_training_would_refuse_is_refused(distill, message):
     with pytest.raises(ValueError, match=message):
         dry_run(tiny(**distill), device="cpu")
+
+
+def test_positions_that_the_student_lacks_are_refused():
+    with pytest.raises(ValueError, match=r"\['stages\.9'\] are no blocks of the student"):
+        dry_run(replace(tiny(), research=ResearchConfig(positions=("stages.9",))), device="cpu")
 
 
 def test_unknown_data_and_several_processes_are_refused(monkeypatch):

@@ -14,7 +14,16 @@ from PIL import Image
 from tiny import randomised, tiny
 
 import riformer
-from riformer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig, to_dict
+from riformer.config import (
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    ResearchConfig,
+    TeacherConfig,
+    to_dict,
+)
 from riformer.measure.cost import count_macs, count_params
 from riformer.model.fuse import FORMS
 from riformer.pages.card import model_card
@@ -153,8 +162,9 @@ def test_how_it_was_trained(tmp_path):
 
 def test_kept_teacher_outputs_are_told(tmp_path):
     for i, (top_k, kept) in enumerate({0: "all of it", 5: "its 5 largest probabilities"}.items()):
-        distill = replace(FULL.distill, schedule="first_phase", cache_augmentations=4, cache_top_k=top_k)
-        card = model_card(write_run(tmp_path / str(i), replace(FULL, distill=distill)))
+        distill = replace(FULL.distill, schedule="first_phase", cache_augmentations=4)
+        kept_outputs = replace(FULL, distill=distill, research=ResearchConfig(cache_top_k=top_k))
+        card = model_card(write_run(tmp_path / str(i), kept_outputs))
         told = (
             f"4 augmentations, taken in turns by the epochs; of the logit teacher's output on each of them, {kept} was"
         )

@@ -12,7 +12,7 @@ import torch
 from train.test_loop import changed, lines, losses, plain, run_processes, tiny
 
 import riformer
-from riformer.config import DistillConfig, Recipe
+from riformer.config import DistillConfig, Recipe, ResearchConfig
 from riformer.distill.cache import TeacherCache
 from riformer.distill.teachers import Teacher
 from riformer.study.evaluation import evaluate_run
@@ -36,16 +36,15 @@ def teacher(tmp_path_factory) -> str:
 def cached(teacher: str, top_k: int = 0, **optim) -> Recipe:
     """What could break a resume is on, but for mixing: every other draw, EMA, accumulation, bf16."""
     optim = {"epochs": EPOCHS, "precision": "bf16", "accumulation": 2, "ema_decay": 0.9, **optim}
-    distill = DistillConfig(
-        teacher, label_weight=0.1, soft_weight=1.0, temperature=2.0, cache_augmentations=KEPT, cache_top_k=top_k
-    )
-    return dataclasses.replace(plain(**optim), distill=distill, model=tiny().model)
+    distill = DistillConfig(teacher, label_weight=0.1, soft_weight=1.0, temperature=2.0, cache_augmentations=KEPT)
+    research = ResearchConfig(cache_top_k=top_k)
+    return dataclasses.replace(plain(**optim), distill=distill, model=tiny().model, research=research)
 
 
 def imitating(teacher: str) -> Recipe:
     """One network in both teacher roles, imitated in the first half."""
-    imitation = dict(module_teacher=teacher, block_weight=1.0, mixer_weight=1.0, schedule="first_phase", phase=0.55)
-    return changed(cached(teacher), "distill", **imitation)
+    imitation = dict(module_teacher=teacher, block_weight=1.0, mixer_weight=1.0, schedule="first_phase")
+    return changed(changed(cached(teacher), "distill", **imitation), "research", phase=0.55)
 
 
 def taught(folder) -> list[int]:
@@ -96,8 +95,12 @@ def test_a_cached_run_learns_bit_for_bit_what_it_would_from_the_live_teacher(tmp
 def test_augmentations_in_turns_and_the_squeeze_change_what_is_learned(tmp_path, teacher):
     """The controls of the equalities above."""
     recipe = cached(teacher)
-    for name, knobs in {"all": {}, "one": {"cache_augmentations": 1}, "top": {"cache_top_k": 1}}.items():
-        train(changed(recipe, "distill", **knobs), tmp_path / name)
+    for name, altered in {
+        "all": recipe,
+        "one": changed(recipe, "distill", cache_augmentations=1),
+        "top": changed(recipe, "research", cache_top_k=1),
+    }.items():
+        train(altered, tmp_path / name)
     train(changed(recipe, "distill", cache_augmentations=0), tmp_path / "anew")
     runs = {name: losses(tmp_path / name) for name in ("all", "one", "top", "anew")}
     assert runs["all"][:10] == runs["anew"][:10]  # the first two epochs are as ever

@@ -166,7 +166,7 @@ def test_an_interrupt_in_the_teachers_last_step_ends_the_training_there(tmp_path
 @pytest.mark.parametrize(
     ("section", "knobs", "message"),
     [
-        ("distill", {"positions": ("stages.9.blocks.0",)}, "are no blocks of the student"),
+        ("research", {"positions": ("stages.9.blocks.0",)}, "are no blocks of the student"),
         ("model", {"mixer": "poolling"}, "mixer 'poolling' is unknown"),
         ("optim", {"name": "adamwww"}, "adamwww"),
         ("teacher", {"epochs": 1, "lr": -1.0}, "teacher.lr is -1.0"),
@@ -279,12 +279,12 @@ def test_each_knob_of_a_training_changes_what_is_learned(learned, section, knob,
         {"relation_weight": 0.0},
         {"temperature": 3.0},
         {"start_from_teacher": True},
-        {"positions": ("stages.0.blocks.0",)},
-        {"block_match": "raw"},
-        {"relation_tokens": 4},
         {"schedule": "cosine"},
         {"schedule": "first_phase"},
-        {"schedule": "first_phase", "phase": 0.9},
+        {"research": {"positions": ("stages.0.blocks.0",)}},
+        {"research": {"block_match": "raw"}},
+        {"research": {"relation_tokens": 4}},
+        {"schedule": "first_phase", "research": {"phase": 0.9}},
     ],
     ids=str,
 )
@@ -292,9 +292,11 @@ def test_each_knob_of_distillation_changes_what_is_learned(learned, knobs):
     weights, teacher = learned
     terms = dict.fromkeys(("soft_weight", "block_weight", "mixer_weight", "relation_weight"), 1.0)
     recipe = changed(plain(), "distill", logit_teacher=teacher, module_teacher=teacher, **terms)
-    if "phase" in knobs:
-        recipe = changed(recipe, "distill", schedule="first_phase")
-    base, other = weights(recipe), weights(changed(recipe, "distill", **knobs))
+    distill = {name: value for name, value in knobs.items() if name != "research"}
+    if "research" in knobs:  # what the schedule alone changes is another case
+        recipe = changed(recipe, "distill", **distill)
+    other = changed(changed(recipe, "distill", **distill), "research", **knobs.get("research", {}))
+    base, other = weights(recipe), weights(other)
     assert (base - other).abs().max() > 1e-6
 
 
@@ -469,7 +471,8 @@ def test_channels_last_changes_the_layout_and_not_what_is_learned(tmp_path, monk
 
 
 def test_affines_start_fitted_where_that_is_asked_for(tmp_path):
-    recipe = tiny(distill=dataclasses.replace(tiny().distill, fit_affine_batches=2, start_from_teacher=True))
+    recipe = changed(tiny(), "distill", start_from_teacher=True)
+    recipe = changed(recipe, "research", fit_affine_batches=2)
     fitted, started = train(recipe, tmp_path / "fitted"), train(tiny(), tmp_path / "started")
     first = {run.path.name: losses(run.path)[0] for run in (fitted, started)}
     assert first["fitted"] != first["started"]
