@@ -168,7 +168,7 @@ def _train(recipe: Recipe, run: Run, data: Dataset, group: Group, progress: Call
             if cache:
                 cache.flush()  # which covers what the other processes have written until they gathered
             counts = {"step": done, "best": best, "num_skipped": num_skipped, "world_size": world_size}
-            run.save_state({**training.state_dict(), **counts, "rng": rng})
+            run.save_state({**training.state_dict(), **counts, "rng": rng}, finished=done == num_steps)
 
     # epochs
     with training.objective as objective, _signals() as interrupted:

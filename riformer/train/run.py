@@ -2,6 +2,7 @@
 
 - recipe.json: the resolved configuration; `riformer train --config` takes it
 - env.json: versions, machine and date
+- inputs.json: checksums of the teachers and of the weights to start from
 - data.json: class names, the split and skipped images
 - metrics.jsonl: a line for each optimiser step and each epoch
 - best/: the best model so far: config.json and model.safetensors, in the Hub's layout
@@ -21,13 +22,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from riformer.atomic import previous, replace_folder, write_text
+from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_text
 from riformer.config import Recipe, from_dict, to_dict, upgrade
 from riformer.version import __version__
 
@@ -68,7 +71,7 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second training out of the folder; however this process ends, the lock ends with it.
+        """Keeps a second training out of the folder until this process ends or leaves the context.
 
         Raises:
             ValueError: another process trains in this folder.
@@ -90,7 +93,7 @@ class Run:
                 yield
             finally:
                 if not (self.path / "recipe.json").exists():  # no run: what is there is somebody else's
-                    lock.unlink()
+                    lock.unlink(missing_ok=True)
 
     def recipe(self) -> Recipe:
         """The recipe of this run.
@@ -106,7 +109,10 @@ class Run:
         """Whether all its epochs are done; False where nothing has begun."""
         if self.read("recipe.json") is None:
             return False
-        return sum(line["kind"] == "epoch" for line in self.metrics()) >= self.recipe().optim.epochs
+        epochs = [line["epoch"] + 1 for line in self.metrics() if line["kind"] == "epoch"]
+        return max(epochs, default=0) >= self.recipe().optim.epochs or _manifest(self.path / "last").get(
+            "finished", False
+        )
 
     def best(self) -> Path:
         """The folder of the best model so far.
@@ -115,72 +121,130 @@ class Run:
             ValueError: there is no run here, or it has trained nothing yet.
         """
         self.recipe()
-        if not (self.path / "best" / "config.json").is_file():
+        best = recover(self.path / "best")
+        if not (best / "config.json").is_file():
             raise ValueError(f"{self.path} has no best/ yet: train it first")
-        return self.path / "best"
+        return best
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, or None when it is not there yet.
 
         Raises:
-            ValueError: the file is not JSON.
+            ValueError: the file is damaged: no JSON, or no object.
         """
         file = self.path / name
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+            raise ValueError(f"{file} is damaged, it is not JSON: {error}; restore it") from error
+        if content is not None and not isinstance(content, dict):
+            raise ValueError(f"{file} is damaged, it holds {type(content).__name__} instead of an object; restore it")
+        return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replaces a JSON file of this run."""
         write_text(self.path / name, json.dumps(content, indent=2))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Appends a line to the metrics."""
+        """Appends a line to the metrics; numbers that are not finite become null."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(
+                json.dumps({name: _finite_or_none(value) for name, value in line.items()}, allow_nan=False) + "\n"
+            )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics so far; a last line that a kill left half-written is dropped."""
+        """The metrics so far, without a last line that a kill cut short; damaged lines are named and left out."""
+        lines = [line for _, line in self._read_metrics()]
+        if damaged := [number + 1 for number, line in enumerate(lines[:-1]) if line is None]:
+            _warn_once(
+                f"{self.path / 'metrics.jsonl'} is damaged in line {', '.join(map(str, damaged))}, left out here"
+            )
+        return [line for line in lines if line is not None]
+
+    def _read_metrics(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+        """Each line as it stands in the file, and its content, None where it is damaged."""
         file = self.path / "metrics.jsonl"
-        lines = []
-        for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return lines
+        raw_lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+        return [(raw, _metrics_line(raw)) for raw in raw_lines]
 
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines after `step`, which a resume is about to write again."""
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(kept))
+        """Drops the lines after `step`, which a resume is about to write again, and leaves all others as they are."""
+        lines = self._read_metrics()
+        kept = [number for number, (_, line) in enumerate(lines) if line is not None and line["step"] <= step]
+        last = kept[-1] if kept else -1
+        content = b"".join(
+            raw for number, (raw, line) in enumerate(lines) if number in set(kept) or (line is None and number < last)
+        )
+        if content != b"".join(raw for raw, _ in lines):
+            with replace_file(self.path / "metrics.jsonl") as beside:
+                beside.write_bytes(content)
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Replaces last/ by `state`; the one before stays as last.previous/."""
+    def save_state(self, state: dict[str, Any], finished: bool = False) -> None:
+        """Replaces last/ by `state`, once the metrics are on the disk; the one before stays as last.previous/."""
+        if (metrics := self.path / "metrics.jsonl").is_file():
+            flush(metrics)
         with replace_folder(self.path / "last", keep_previous=True) as folder:
             torch.save(state, folder / "state.pt")
-            write_text(folder / "manifest.json", json.dumps({"state.pt": _sha256(folder / "state.pt")}))
+            manifest = {"state.pt": _sha256(folder / "state.pt"), "finished": finished}
+            (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest state whose checksum is right, or None when nothing was saved yet.
+        """The newest state that is whole and finite, or None when nothing was saved yet.
 
         Raises:
-            ValueError: states were saved but none of them is whole.
+            ValueError: states were saved but none of them is of use.
         """
-        folders = [self.path / "last", previous(self.path / "last")]
+        folders = [recover(self.path / "last"), previous(self.path / "last")]
         for folder in folders:
+            if not folder.exists():
+                continue
             try:
-                expected = json.loads((folder / "manifest.json").read_text())["state.pt"]
-                if expected == _sha256(folder / "state.pt"):
-                    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            except (OSError, ValueError, KeyError):
-                pass
-            if folder.exists():
-                logger.warning("%s is damaged; falling back to the state before it", folder)
+                if _manifest(folder).get("state.pt") != _sha256(folder / "state.pt"):
+                    raise ValueError("its checksum is another")
+                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                if not _is_finite(state["model"]) or not _is_finite(state.get("ema", {})):
+                    raise ValueError("its weights are not finite")
+                return state
+            except Exception as error:  # a damaged file can make the readers raise almost anything
+                reason = str(error).splitlines()[0] if isinstance(error, ValueError | OSError) else type(error).__name__
+                logger.warning("%s cannot be used (%s); falling back to the state before it", folder, reason)
         if any(folder.exists() for folder in folders):
-            raise ValueError(f"no saved state in {self.path} is whole; start anew with another --out")
+            raise ValueError(f"no saved state in {self.path} can be used; start anew with another --out")
         return None
+
+
+def _metrics_line(raw: bytes) -> dict[str, Any] | None:
+    """A line of the metrics, or None where it is damaged or incomplete."""
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else None
+    except ValueError:
+        return None
+    is_line = isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("kind") in ("step", "epoch")
+    return line if is_line else None
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    return all(
+        bool(t.isfinite().all()) for t in state.values() if isinstance(t, torch.Tensor) and t.is_floating_point()
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What was written beside a state; empty where it is damaged or not there."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def environment(world_size: int) -> dict[str, Any]:
