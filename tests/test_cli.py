@@ -58,7 +58,7 @@ def test_train_leaves_a_whole_run_folder(run):
     assert evaluation["models"]["deploy"]["params"] < evaluation["models"]["student"]["params"]
     assert evaluation["fuse"]["max_rel"] < 1e-5
     assert evaluation["split"] == "test"
-    assert sum(map(sum, evaluation["confusion"])) == evaluation["num_images"] == 500
+    assert sum(sum(row.values()) for row in evaluation["confusion"].values()) == evaluation["num_images"] == 500
     assert len(evaluation["samples"]) == 30
     assert evaluation["speed"]["ratio"]["low"] > 0
 

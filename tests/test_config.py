@@ -162,6 +162,8 @@ IDLE = [  # a recipe in which each of these changes nothing, and what gives them
     (Recipe(model=ModelConfig(name="resnet18")), "model.depths", (1, 1), {"model": ModelConfig()}),
     (Recipe(distill=FROM_OWN), "distill.schedule", "cosine", {"distill": FULL}),
     (Recipe(), "distill.temperature", 2.0, {"distill": FULL}),
+    (Recipe(distill=FULL), "distill.trust_teacher", True, {"distill": replace(FULL, logit_teacher="timm:resnet18")}),
+    (Recipe(distill=FULL), "distill.teacher_classes", "names.txt", {"distill": replace(FULL, logit_teacher="a.pth")}),
     (Recipe(), "distill.compile_teachers", True, {"distill": FULL}),
     (Recipe(distill=FULL), "research.phase", 0.3, {"distill": replace(FULL, schedule="first_phase")}),
     (Recipe(), "research.phase", 0.3, {"distill": replace(FULL, schedule="first_phase")}),

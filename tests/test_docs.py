@@ -50,7 +50,10 @@ def shrunk(command: str, more: str = "") -> list[str]:
     for network, smaller in (("riformer_s12", "riformer_micro"), ("vit_base_patch16_224", "vit_tiny_patch16_224")):
         command = command.replace(network, smaller)
     arguments = shlex.split(command, comments=True)[1:]
-    smaller = {"train": f"{SMALL} {more}", "bench": "--img_sizes [32] --batch_sizes [2] --rounds 3 --seconds 0.001"}
+    smaller = {
+        "train": f"{SMALL} {more}",
+        "bench": "--img_sizes [32] --batch_sizes [2] --rounds 3 --seconds 0.001 --memory false",
+    }
     smaller |= {"ladder": smaller["train"], "profile": "--batch_size 1 --rounds 3"}
     return arguments + smaller.get(arguments[0], "").split()
 

@@ -132,6 +132,10 @@ class DistillConfig:
     module_teacher: str = ""
     """whose blocks and mixers are imitated, and whose weights the student may start from; named like one logit
     teacher"""
+    teacher_classes: str = ""
+    """text file with the class names, one a line, of logit teachers that carry none, in the order of their outputs"""
+    trust_teacher: bool = False
+    """train even if a logit teacher does badly on the validation images, on which each is measured first"""
     teacher_img_size: CountOrZero = 0
     """pixels at which teachers see the images; 0 for each one's own size, to which images are resized"""
     compile_teachers: bool = False

@@ -52,6 +52,11 @@ def idle(recipe: Recipe) -> list[tuple[str, str]]:
         (OWN_TEACHER, own, "this run trains no teacher of its own"),
         (("teacher.mixer",), not own or not teacher.name, "--teacher.name is set; use --teacher.args"),
         (("teacher.args",), not own or teacher.name, "--teacher.name is empty"),
+        (
+            ("distill.teacher_classes", "distill.trust_teacher"),
+            set(teachers) - {"own"},
+            "no other logit teacher is named",
+        ),
         (("distill.teacher_img_size",), teachers or distill.module_teacher, "no teacher is named"),
         (("distill.compile_teachers",), teachers or distill.module_teacher, "no teacher is named"),
         (("distill.cache_augmentations",), teachers, "no logit teacher is named"),

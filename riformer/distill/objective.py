@@ -36,7 +36,7 @@ class Objective:
         imitation: student and module teacher, needed by block, mixer and relation. The module teacher may be the logit
             teacher, or one of them; it then runs once.
 
-    `taught` counts the batches for which a teacher ran.
+    `teacher_batches` counts the batches for which a teacher ran.
 
     Shape: images [N, 3, H, W], targets [N, K] probabilities -> scalars.
 
@@ -62,7 +62,7 @@ class Objective:
             raise ValueError(f"the terms {sorted(imitates)} need a module teacher")
         self.logit_teacher = logit_teacher if asks else None
         self.imitation = imitation if imitates else None
-        self.taught = 0
+        self.teacher_batches = 0
         self.logit_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "label": lambda logits, targets: losses.label(logits, targets, label_smoothing),
             "hard": losses.hard,
@@ -109,6 +109,6 @@ class Objective:
             if not imitated.teacher_ran:
                 run(imitated.teacher)
             terms |= imitated.terms()
-        self.taught += bool(ran)
+        self.teacher_batches += bool(ran)
         loss = sum(self.weights[name] * (scale if name in IMITATION else 1) * term for name, term in terms.items())
         return {"loss": loss, "output": output, **terms}

@@ -1,5 +1,7 @@
 """Teachers: built from a reference, frozen, given images at their own size under their own normalisation."""
 
+import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from riformer.model.gfnet import GFNet
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load, read_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module):
@@ -29,6 +34,7 @@ class Teacher(nn.Module):
         student_std: likewise.
         img_size: height and width at which it sees them, pixels; 0 takes what the model notes.
         compile: torch.compile it, at the first forward pass.
+        class_order: the model's output for each class of the data; empty where the model has them in that order.
 
     Shape: [N, 3, H, W], normalised for the student -> [N, K] logits.
     """
@@ -40,6 +46,7 @@ class Teacher(nn.Module):
         student_std: Sequence[float],
         img_size: int = 0,
         compile: bool = False,
+        class_order: Sequence[int] = (),
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -50,6 +57,9 @@ class Teacher(nn.Module):
         scale = torch.tensor(student_std) / std
         self.register_buffer("scale", scale.view(-1, 1, 1))
         self.register_buffer("shift", ((torch.tensor(student_mean) - mean) / std).view(-1, 1, 1))
+        self.reorders = bool(class_order)
+        if self.reorders:
+            self.register_buffer("class_order", torch.tensor(class_order))
 
     def train(self, mode: bool = True) -> "Teacher":
         return self
@@ -65,7 +75,8 @@ class Teacher(nn.Module):
         if self.to_compile:  # not sooner: what taps the modules must come before the first compiled call
             self.model.compile()
             self.to_compile = False
-        return self.model(self.see(images))
+        logits = self.model(self.see(images))
+        return logits[:, self.class_order] if self.reorders else logits
 
 
 class Ensemble(nn.Module):
@@ -131,8 +142,8 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
             classes = _num_classes(name, state)
             args |= {**classes, "pretrained_cfg_overlay": {"state_dict": state, **classes}}
         model = timm.create_model(name, pretrained=pretrained, **args)
-    except RuntimeError as error:  # which timm raises for unknown names, missing weights and weights that do not fit
-        raise ValueError(f"{reference}: {error}") from error
+    except (RuntimeError, OSError, ValueError) as error:  # unknown names, missing or unfit weights, no network
+        raise ValueError(f"{reference} cannot be opened: {error}") from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
 
@@ -153,30 +164,65 @@ def _num_classes(name: str, state: dict[str, Tensor]) -> dict[str, int]:
 
 def build_teacher(
     reference: str,
-    num_classes: int | None,
+    classes: Sequence[str] | None,
     student_mean: Sequence[float],
     student_std: Sequence[float],
     img_size: int = 0,
     compile: bool = False,
     opened: Callable[[str, int], nn.Module] = open_model,
+    stated_classes: Sequence[str] = (),
 ) -> Teacher:
     """The teacher that `reference` names, as `opened` opens it; `img_size` and `compile` as for `Teacher`.
 
-    `num_classes` is that of the data, or None for a teacher whose logits do not matter.
+    A teacher whose class names are known answers in the order of the data's, whatever its own is, and may know more
+    classes than the data has.
+
+    Args:
+        classes: the data's, in their order; None for a teacher whose logits do not matter.
+        stated_classes: class names of a teacher that carries none, in the order of its outputs.
 
     Raises:
-        ValueError: nothing can be read there, or it knows another number of classes than the data, or takes other
-            images than RGB.
+        ValueError: nothing can be read there, or it does not know the data's classes, or takes other images than RGB.
     """
     model = opened(reference, img_size)
-    if num_classes is not None and model.num_classes != num_classes:
-        raise ValueError(
-            f"teacher {reference} has {model.num_classes} classes, but the data has {num_classes}: "
-            f'train one on this data, or name it "own"'
-        )
     if (channels := model.pretrained_cfg["input_size"][0]) != 3:
         raise ValueError(f"teacher {reference} takes images of {channels} channels, but the student's have 3")
-    return Teacher(model, student_mean, student_std, img_size, compile)
+    order = [] if classes is None else _class_order(reference, model, classes, stated_classes)
+    return Teacher(model, student_mean, student_std, img_size, compile, order)
+
+
+def _class_order(reference: str, model: nn.Module, classes: Sequence[str], stated: Sequence[str]) -> list[int]:
+    """The model's output for each of the data's classes; empty where it has them in that order, or names none."""
+    names = list(class_names(model) or stated)
+    if stated and len(names) != model.num_classes:
+        raise ValueError(
+            f"--distill.teacher-classes has {len(names)} names, but {reference} {model.num_classes} outputs"
+        )
+    if not names and model.num_classes == 1000 and set(classes) <= set(synsets := ImageNetInfo().label_names()):
+        names = list(synsets)
+    if names == list(classes):
+        return []
+    if len(set(names)) == len(names) and set(classes) <= set(names):
+        logger.info(
+            "teacher %s has its %d classes in another order than the data: matched by name", reference, len(names)
+        )
+        return [names.index(name) for name in classes]
+    if model.num_classes != len(classes):
+        missing = f", and does not know {sorted(set(classes) - set(names))[:5]}" if names else " without names"
+        raise ValueError(
+            f"teacher {reference} has {model.num_classes} classes{missing}, but the data has {len(classes)}: train one "
+            f'on this data, state its classes with --distill.teacher-classes FILE, or name it "own"'
+        )
+    if names:
+        unknown = next(name for name in classes if name not in names)
+        logger.warning("teacher %s names its classes otherwise than the data: it has no %r", reference, unknown)
+    return []
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The class names that a model carries, in the order of its outputs; none where it carries none."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return tuple(unicodedata.normalize("NFC", str(name)) for name in names)
 
 
 def describe(model: nn.Module) -> str:

@@ -10,13 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from riformer.config import Recipe, check
@@ -25,13 +23,12 @@ from riformer.data.builtin import FASHION_CLASSES
 from riformer.data.dataset import Dataset, ImageList, open_dataset
 from riformer.data.folders import find_images, hold_out
 from riformer.distill.cache import TeacherCache
-from riformer.distill.imitation import Imitation
-from riformer.distill.teachers import Ensemble, Teacher, describe, open_model
+from riformer.distill.teachers import Ensemble, describe, open_model
 from riformer.measure.cost import count_params
-from riformer.model.weights import start_at, start_from
 from riformer.recipes import teacher_recipe
-from riformer.train.build import build_imitation, build_model, build_objective, build_optimizer, build_teachers
+from riformer.train.build import build_model
 from riformer.train.run import Run, cpu_name
+from riformer.train.step import backward, build, update
 
 NUM_TIMED = 2  # steps, after one that warms up
 CPU_PIXELS = 16 * 224 * 224  # most pixels that a processor is given at once: a step then takes seconds
@@ -109,24 +106,6 @@ def dry_run(
     return [_project(one, data, note, progress, device) for one in recipes]
 
 
-def build(
-    recipe: Recipe, data: Dataset, device: torch.device, notes: list[str]
-) -> tuple[nn.Module, Teacher | Ensemble | None, Teacher | None, Imitation | None]:
-    """Student, logit teacher, module teacher and what is compared, as in the training; adds to the notes what is not.
-
-    Raises:
-        ValueError: as `dry_run`.
-    """
-    opened = _opener(recipe, data, notes)
-    model = build_model(recipe, data).to(device)
-    if recipe.model.start:
-        _start(recipe, model, opened, notes)
-    logit_teacher, module_teacher = build_teachers(recipe, RUN, data.classes, device, opened)
-    if recipe.distill.start_from_teacher and module_teacher:
-        start_from(model, module_teacher.model.state_dict())
-    return model, logit_teacher, module_teacher, build_imitation(recipe, model, module_teacher)
-
-
 def _project(
     recipe: Recipe, data: Dataset, note: str, progress: Callable[[str], None], device: torch.device
 ) -> Projection:
@@ -141,12 +120,11 @@ def _project(
 
     # everything that takes part
     progress(f"{recipe.name}: building {recipe.model.name} and its teachers")
-    model, logit_teacher, module_teacher, imitation = build(recipe, data, device, notes)
-    projections = imitation.projections if imitation else nn.ModuleDict()
-    optimizer = build_optimizer(recipe, model, projections)
-    ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
-    student = torch.compile(model) if optim.compile else model
-    objective = build_objective(recipe, student, logit_teacher, imitation)
+    start = _is_there(recipe.model.start)
+    if recipe.model.start and not start:
+        notes.append(f"{recipe.model.start}, from which training is to start, is not here yet")
+    training = build(recipe, RUN, data, device, start=start, opened=_opener(recipe, data, notes))
+    model = training.model
 
     # steps on noise
     size, num_images = recipe.data.img_size, batches.part_size
@@ -164,33 +142,29 @@ def _project(
         notes.append(f"after {distill.cache_augmentations} epochs the logit teacher rests, and a step takes less")
     images = torch.randn(num_images, 3, size, size, device=device)
     targets = torch.rand(num_images, num_classes, device=device).softmax(1)
+    parts = [(images, targets, torch.arange(num_images))]
     passes, updates = [], []
     model.train()
-    with objective:
-        for step in range(1 + NUM_TIMED):
-            what = f"timing step {step} of {NUM_TIMED}" if step else "warming up"
+    with training.objective:
+        for number in range(1 + NUM_TIMED):
+            what = f"timing step {number} of {NUM_TIMED}" if number else "warming up"
             progress(f"{recipe.name}: {what}, {num_images} images at {size} px")
             began = _now(device)
             try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bf16"):
-                    loss = objective(images, targets)["loss"]
-                loss.backward()
+                backward(training, parts)
             except torch.OutOfMemoryError as error:
                 advice = "raise --optim.accumulation, or share the images among more processes"
                 raise RuntimeError(f"{num_images} images at once do not fit; {advice}: {error}") from error
             between = _now(device)
-            if optim.clip_grad:
-                nn.utils.clip_grad_norm_(chain(model.parameters(), projections.parameters()), optim.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema:
-                ema.update(model, step)
-            if step:
+            update(training, number)
+            training.optimizer.zero_grad(set_to_none=True)
+            if number:
                 passes.append(between - began)
                 updates.append(_now(device) - between)
 
+    logit_teacher = training.logit_teacher
     members = logit_teacher.teachers if isinstance(logit_teacher, Ensemble) else [logit_teacher]
-    roles = [("logit teacher", teacher) for teacher in members] + [("module teacher", module_teacher)]
+    roles = [("logit teacher", teacher) for teacher in members] + [("module teacher", training.module_teacher)]
     teachers = [
         f"{role} {describe(teacher)}: {count_params(teacher):,} parameters, sees images at {teacher.size[0]} px"
         for role, teacher in roles
@@ -201,7 +175,7 @@ def _project(
         model=f"{describe(model)}: {count_params(model):,} parameters, images at {size} px, {num_classes} classes",
         num_params=count_params(model),
         teachers=teachers,
-        pairs=imitation.describe() if imitation else [],
+        pairs=training.imitation.describe() if training.imitation else [],
         notes=notes,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         memory=_peak_memory(device),
@@ -265,13 +239,9 @@ def _opener(recipe: Recipe, data: Dataset, notes: list[str]) -> Callable[[str, i
     return opened
 
 
-def _start(recipe: Recipe, model: nn.Module, opened: Callable[[str, int], nn.Module], notes: list[str]) -> None:
-    """Checks that the weights to start from fit, where they are there."""
-    start = recipe.model.start
-    if not start.startswith(("timm:", "local-dir:", "hf-hub:")) and not Path(start).exists():
-        notes.append(f"{start}, from which training is to start, is not here yet")
-    else:
-        start_at(model, opened(start, recipe.data.img_size).state_dict(), start)
+def _is_there(reference: str) -> bool:
+    """Whether weights of that name are there or can be fetched."""
+    return reference.startswith(("timm:", "local-dir:", "hf-hub:")) or bool(reference and Path(reference).exists())
 
 
 def _now(device: torch.device) -> float:

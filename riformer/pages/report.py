@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from riformer.distill.objective import TERMS
 from riformer.pages.style import ACCENT, GREY, PALETTE, drawing, environment, svg
 from riformer.train.run import Run
 
+MATRIX_CLASSES = 20  # up to which the confusion is shown as a matrix
 ELSEWHERE = ("data.root", "data.num_workers")  # settings that may differ between two runs of one recipe
 
 
@@ -200,13 +202,34 @@ def _spread(runs: list[RunRecord], *keys: str) -> dict[str, float] | None:
 
 
 def _confusion(group: Group) -> dict[str, Any]:
-    """Counts summed over the group's runs, rows true, and the most confused pairs as (count, true, predicted)."""
+    """Counts summed over the group's runs: all of them where the classes are few, and the most confused pairs.
+
+    Returns:
+        The runs, the number of classes, `counts` with true classes in rows, and pairs as (count, true, predicted).
+    """
     runs = [run for run in group.runs if run.evaluation.get("confusion")]
     runs = [run for run in runs if run.data.get("classes") == runs[0].data.get("classes")]
-    matrices = [run.evaluation["confusion"] for run in runs]
-    total = [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
-    errors = [(n, i, j) for i, row in enumerate(total) for j, n in enumerate(row) if n and i != j]
-    return dict(runs=runs, counts=total, pairs=sorted(errors, key=lambda e: (-e[0], e[1:]))[:12])
+    total: Counter[tuple[int, int]] = Counter()
+    for run in runs:
+        total.update(_cells(run.evaluation["confusion"]))
+    num_classes = max([len(runs[0].data.get("classes") or ()), *(1 + max(pair) for pair in total)]) if runs else 0
+    indices = range(num_classes if num_classes <= MATRIX_CLASSES else 0)
+    errors = [(count, *pair) for pair, count in total.items() if pair[0] != pair[1]]
+    return dict(
+        runs=runs,
+        num_classes=num_classes,
+        counts=[[total[i, j] for j in indices] for i in indices],
+        pairs=sorted(errors, key=lambda error: (-error[0], error[1:]))[:12],
+    )
+
+
+def _cells(confusion: Any) -> dict[tuple[int, int], int]:
+    """Counts by (true, predicted): of a dict of dicts, or of the whole matrix, as older runs have it."""
+
+    def items(row: Any) -> Iterable[tuple[Any, Any]]:
+        return row.items() if isinstance(row, dict) else enumerate(row)
+
+    return {(int(i), int(j)): count for i, row in items(confusion) for j, count in items(row) if count}
 
 
 def _settings(groups: list[Group]) -> list[tuple[str, Any, list[Any]]]:

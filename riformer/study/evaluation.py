@@ -92,7 +92,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
         "models": rows,
         "fuse": asdict(parity),
         "speed": speed,
-        "confusion": results["deploy"].confusion.tolist(),
+        "confusion": results["deploy"].confusion,
         "samples": _samples(models["deploy"], images, batches()),
     }
     run.write("evaluation.json", evaluation)
@@ -143,8 +143,8 @@ def _chosen_split(data: Dataset, split: str) -> str:
 def _samples(model: nn.Module, images: ImageList, batches: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     """Some images with their predictions: up to a third wrong ones, the rest right, both spread over the split."""
     device = next(model.parameters()).device
-    probabilities = torch.cat([model(x.to(device)).softmax(1).cpu() for x, _ in batches])
-    probability, prediction = probabilities.max(dim=1)
+    best = [model(x.to(device)).softmax(1).max(dim=1) for x, _ in batches]
+    probability, prediction = (torch.cat(values).cpu() for values in zip(*best, strict=True))
     is_right = prediction == torch.tensor(images.labels)
     wrong = _spread_out((~is_right).nonzero().flatten(), NUM_SAMPLES // 3)
     chosen = wrong + _spread_out(is_right.nonzero().flatten(), NUM_SAMPLES - len(wrong))

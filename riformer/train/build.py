@@ -1,9 +1,10 @@
 """What a recipe names, built: the student, its teachers, what is compared between them, objective and optimiser."""
 
-import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,9 +21,8 @@ from riformer.distill.objective import IMITATION, Objective
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
 from riformer.model.weights import start_at, start_from
 from riformer.recipes import teacher_recipe
+from riformer.train.outputs import teacher_cache
 from riformer.train.run import Run
-
-logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
@@ -62,12 +62,15 @@ def _layout(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.optim.channels_last else torch.preserve_format
 
 
-def try_on_paper(recipe: Recipe, data: Dataset) -> None:
-    """Lets what is wrong with the student fail before its own teacher is trained for hours, and not after.
+def check_before_teacher(recipe: Recipe, run: Run, data: Dataset) -> None:
+    """Fails at once, before its own teacher is trained for hours, where the student could not be trained after it.
 
     Raises:
-        ValueError: an unknown mixer, positions that the student does not have, missing weights, and the like.
+        ValueError: an unknown mixer, positions that the student does not have, missing weights, no room for teacher
+            outputs, and the like.
     """
+    if cache := teacher_cache(recipe, run, data):
+        cache.check_space()
     if start := recipe.model.start:
         start_at(build_model(recipe, data), open_model(start, recipe.data.img_size).state_dict(), start)
     for reference in {*recipe.distill.logit_teachers, recipe.distill.module_teacher} - {"", "own"}:
@@ -121,25 +124,31 @@ def build_teachers(
     """Logit teacher and module teacher, None where the recipe names none; one object in both roles if named alike.
 
     Raises:
-        ValueError: a teacher that cannot be read, or a logit teacher of other classes than `names`, as far as it tells.
+        ValueError: a teacher that cannot be read, or a logit teacher that does not know the classes `names`.
     """
     distill = recipe.distill
     built: dict[str, Teacher] = {}
     for reference in dict.fromkeys((*distill.logit_teachers, distill.module_teacher)):
         if reference:
             path = str(run.path / "teacher") if reference == "own" else reference
-            teaches = reference in distill.logit_teachers
+            classes = names if reference in distill.logit_teachers else None
             built[reference] = build_teacher(
-                path, len(names) if teaches else None, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
-                distill.compile_teachers, opened,
+                path, classes, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
+                distill.compile_teachers, opened, _stated_classes(distill.teacher_classes),
             ).to(device).to(memory_format=_layout(recipe))  # fmt: skip
-            noted = built[reference].model.pretrained_cfg.get("label_names") or names
-            if teaches and list(noted) != list(names):
-                if set(noted) == set(names):
-                    raise ValueError(f"teacher {reference} knows the data's classes, but in another order")
-                logger.warning("teacher %s names its classes otherwise than the data, such as %r", reference, noted[0])
     logit_teachers = [built[reference] for reference in distill.logit_teachers]
     module_teacher = built.get(distill.module_teacher)
     if len(logit_teachers) > 1:
         return Ensemble(logit_teachers, recipe.research.logit_teacher_weights).to(device), module_teacher
     return (logit_teachers[0] if logit_teachers else None), module_teacher
+
+
+def _stated_classes(file: str) -> tuple[str, ...]:
+    """The class names in a text file, one a line."""
+    if not file:
+        return ()
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--distill.teacher-classes {file} cannot be read: {error}") from error
+    return tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())

@@ -15,20 +15,21 @@ PATIENCE = timedelta(hours=3)  # while the main process scans a large folder, th
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int, torch.device]]:
-    """Rank, number of processes and device; joins torchrun's group when there is one."""
-    torch.backends.cudnn.deterministic = True
+    """Rank, number of processes and device; joins torchrun's group when there is one. Inside, cuDNN is deterministic."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    was_deterministic, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     try:
-        yield dist.get_rank(), dist.get_world_size(), device
+        yield (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
     finally:
-        dist.destroy_process_group()
+        torch.backends.cudnn.deterministic = was_deterministic
+        if joins:
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -8,16 +8,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NO_PAIR = -1  # of an image without a prediction
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did on a split: percentages, mean cross-entropy, counts of (true class, predicted class)."""
+    """What a model did on a split.
+
+    Attributes:
+        top1: percentage of all images whose class is the first of the model's.
+        top5: percentage of all images whose class is among the model's first five.
+        loss: mean cross-entropy.
+        num_images: number of images.
+        confusion: number of images by true class and, inside, predicted class; pairs that do not occur are left out.
+        num_nonfinite: images with a logit that is not finite. They count as wrong, their prediction is in no count of
+            `confusion`, and the loss is then not finite either.
+    """
 
     top1: float
     top5: float
     loss: float
     num_images: int
-    confusion: Tensor
+    confusion: dict[int, dict[int, int]]
+    num_nonfinite: int = 0
+
+    @property
+    def finite(self) -> bool:
+        """Whether all logits were finite; otherwise the accuracy says nothing and must not be ranked."""
+        return self.num_nonfinite == 0
 
 
 @torch.no_grad()
@@ -26,7 +44,7 @@ def evaluate(
 ) -> Evaluation:
     """Runs the model in eval mode over the batches of this process and adds the counts of all processes.
 
-    The model's mode is restored. With fewer than six classes, top5 is top1's trivial upper bound, 100.
+    The model's mode is restored. With five classes or fewer, top5 is 100.
 
     Shape: batches of images [N, 3, H, W] and labels [N].
 
@@ -37,29 +55,52 @@ def evaluate(
     device = parameter.device
     was_training = model.training
     model.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # images, right in the first five, cross-entropy
+    pairs = [torch.zeros(0, dtype=torch.int64, device=device)]  # true class * num_classes + predicted class
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, finite, first right, in first five, loss
     for images, labels in batches:
         images, labels = images.to(parameter), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         logits = logits.float()
+        finite = logits.isfinite().all(dim=1)
         top = logits.topk(min(5, num_classes), dim=1).indices
-        confusion.view(-1).index_add_(0, labels * num_classes + top[:, 0], torch.ones_like(labels))
-        in_top = (top == labels[:, None]).any(dim=1).sum()
+        right = (top == labels[:, None]) & finite[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([torch.full_like(loss, len(labels)), in_top, loss])
+        counts = (torch.ones_like(finite).sum(), finite.sum(), right[:, 0].sum(), right.sum(), loss)
+        sums += torch.stack([count.double() for count in counts])
+        pairs.append(torch.where(finite, labels * num_classes + top[:, 0], NO_PAIR))
     model.train(was_training)
     if dist.is_initialized():
-        dist.all_reduce(confusion)
         dist.all_reduce(sums)
-    num_images, in_top5, total_loss = sums.tolist()
+    num_images, num_finite, first, in_top5, total_loss = sums.tolist()
     if not num_images:
         raise ValueError("no images to evaluate on")
     return Evaluation(
-        top1=100 * confusion.diagonal().sum().item() / num_images,
+        top1=100 * first / num_images,
         top5=100 * in_top5 / num_images,
         loss=total_loss / num_images,
         num_images=int(num_images),
-        confusion=confusion.cpu(),
+        confusion=_confusion(_of_all_processes(torch.cat(pairs)), num_classes),
+        num_nonfinite=int(num_images - num_finite),
     )
+
+
+def _of_all_processes(pairs: Tensor) -> Tensor:
+    """The values of all processes, which may have different numbers of them; NO_PAIR fills up the shorter ones."""
+    if not dist.is_initialized():
+        return pairs
+    longest = torch.tensor(len(pairs), device=pairs.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    padded = F.pad(pairs, (0, int(longest) - len(pairs)), value=NO_PAIR)
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, padded)
+    return torch.cat(gathered)
+
+
+def _confusion(pairs: Tensor, num_classes: int) -> dict[int, dict[int, int]]:
+    """Counts by true and predicted class; memory grows with the images, not with the square of the classes."""
+    counts: dict[int, dict[int, int]] = {}
+    for pair, count in zip(*(x.tolist() for x in pairs[pairs != NO_PAIR].unique(return_counts=True)), strict=True):
+        true, predicted = divmod(pair, num_classes)
+        counts.setdefault(true, {})[predicted] = count
+    return counts

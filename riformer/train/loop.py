@@ -1,40 +1,31 @@
 """One training, from a recipe to a run folder: a function of named sections, one process or many (torchrun)."""
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from riformer.config import Recipe, check
 from riformer.data.batches import TrainBatches, TrainPart, eval_batches, preprocessing
-from riformer.data.dataset import open_dataset
+from riformer.data.dataset import Dataset, open_dataset
 from riformer.distill.imitation import fit_affines
-from riformer.distill.objective import Objective, imitation_scale
-from riformer.distill.teachers import open_model
-from riformer.model.weights import save, start_at, start_from
+from riformer.distill.objective import imitation_scale
+from riformer.distill.teachers import Teacher
+from riformer.model.weights import save
 from riformer.recipes import teacher_recipe
-from riformer.train.build import (
-    build_imitation,
-    build_model,
-    build_objective,
-    build_optimizer,
-    build_teachers,
-    try_on_paper,
-)
+from riformer.runtime.parity import full_float32
+from riformer.train.build import check_before_teacher
 from riformer.train.distributed import (
     any_process,
-    average_gradients,
     barrier,
     gather,
     main_process_first,
@@ -43,11 +34,17 @@ from riformer.train.distributed import (
     share_buffers,
 )
 from riformer.train.evaluate import evaluate
+from riformer.train.inputs import check_teachers, record_inputs
 from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
+from riformer.train.step import LogitLookup, autocast, build, step
 
-Recall = Callable[[Tensor, Callable[[], Tensor]], Tensor]  # indices of images and the teacher's run on them -> logits
+logger = logging.getLogger(__name__)
+
 SAVE_SECONDS = 120  # a kill loses at most this much work, or an epoch if that is shorter
+MAX_SKIPPED = 10  # steps in a row that are not finite before a training gives up
+
+Group = tuple[int, int, torch.device]  # rank, number of processes, device
 
 
 def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]], None] = lambda line: None) -> Run:
@@ -63,230 +60,212 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
         progress: called with each line of the metrics, the run and its name added; a `start` line comes first.
 
     Raises:
-        ValueError: a recipe that contradicts itself or the data, or a folder with another run, or one that another
-            process trains in.
+        ValueError: a recipe that contradicts itself or the data, a folder with another run, or one that another process
+            trains in; teachers that have changed since the run began, or that do not know the data's classes.
         KeyboardInterrupt: after an interrupt or termination signal, when the state is saved.
-        RuntimeError: the loss is no longer finite.
+        RuntimeError: loss or gradient were not finite in `MAX_SKIPPED` steps in a row, or the weights are not.
     """
     check(recipe)
     if recipe.distill.trains_teacher:
         check(teacher_recipe(recipe))
-    with process_group() as (rank, world_size, device), ExitStack() as locks:
-        return _train(recipe, Run(folder), progress, rank, world_size, device, locks)
+    with process_group() as group, ExitStack() as context:
+        if recipe.optim.precision == "fp32":
+            context.enter_context(full_float32())
+        run = Run(folder)
+        data = _open(recipe, run, group, context)
+        if recipe.distill.trains_teacher:
+            teacher, teacher_run = teacher_recipe(recipe), Run(run.path / "teacher")
+            if not teacher_run.metrics():
+                check_before_teacher(recipe, run, data)
+            _train(teacher, teacher_run, _open(teacher, teacher_run, group, context), group, progress)
+        _train(recipe, run, data, group, progress)
+        barrier()
+    return run
 
 
-def _train(
-    recipe: Recipe, run: Run, progress: Callable, rank: int, world_size: int, device: torch.device, locks: ExitStack
-) -> Run:
-    optim, distill = recipe.optim, recipe.distill
-    main = rank == 0
-
-    # run folder and data: the main process first, which also scans the images and records their split
+def _open(recipe: Recipe, run: Run, group: Group, context: ExitStack) -> Dataset:
+    """Locks the run folder and opens the data: first the main process, which scans the images and records the split."""
+    rank, world_size, _ = group
     with main_process_first(rank):
-        if main:
-            locks.enter_context(run.locked())
+        if rank == 0:
+            context.enter_context(run.locked())
             run.begin(recipe, world_size)
         record = run.read("data.json")
         data = open_dataset(recipe.data, recipe.seed, record)
-        if main and record is None:
+        if rank == 0 and record is None:
             run.write("data.json", data.record())
-    cache = teacher_cache(recipe, run, data)
-    if distill.trains_teacher:
-        own = Run(run.path / "teacher")
-        if cache:
-            cache.check_space()
-        if not own.metrics():
-            try_on_paper(recipe, data)
-        _train(teacher_recipe(recipe), own, progress, rank, world_size, device, locks)
+    return data
 
-    # model
+
+def _train(recipe: Recipe, run: Run, data: Dataset, group: Group, progress: Callable) -> None:
+    """One training in an open run folder, its own teacher trained already."""
+    optim, distill = recipe.optim, recipe.distill
+    rank, world_size, device = group
+    main, num_classes = rank == 0, len(data.classes)
     state = run.load_state()
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe, data).to(device)
-    if recipe.model.start and not state:
-        start_at(model, open_model(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
+    if state and state["world_size"] != world_size:
+        raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
 
-    # teachers
-    logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device)
-    if distill.start_from_teacher and module_teacher:
-        start_from(model, module_teacher.model.state_dict())
-    imitation = build_imitation(recipe, model, module_teacher)
-    projections = imitation.projections if imitation else nn.ModuleDict()
-
-    # optimiser
+    # data
     batches = TrainBatches(
-        data.splits["train"], len(data.classes), recipe.data, recipe.augment, recipe.seed,
+        data.splits["train"], num_classes, recipe.data, recipe.augment, recipe.seed,
         optim.batch_size, optim.accumulation, rank, world_size, distill.cache_augmentations, device,
     )  # fmt: skip
     num_steps = optim.epochs * batches.steps_per_epoch
+
+    # networks, objective, optimiser
+    def initialise(model: nn.Module, module_teacher: Teacher | None) -> None:
+        if recipe.research.fit_affine_batches and module_teacher and not state:
+            first = chain.from_iterable(islice(batches.epoch(0), recipe.research.fit_affine_batches))
+            fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first), mean_over_processes)
+
+    torch.manual_seed(recipe.seed)
+    training = build(recipe, run, data, device, world_size, start=not state, initialise=initialise)
     warmup_steps = min(round(optim.warmup_epochs * batches.steps_per_epoch), num_steps - 1)
-    if recipe.research.fit_affine_batches and module_teacher and not state:
-        first = chain.from_iterable(islice(batches.epoch(0), recipe.research.fit_affine_batches))
-        fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first), mean_over_processes)
-    optimizer = build_optimizer(recipe, model, projections)
     schedule = CosineLRScheduler(
-        optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,
+        training.optimizer, t_initial=num_steps - warmup_steps, lr_min=optim.min_lr, warmup_t=warmup_steps,
         warmup_lr_init=optim.lr / max(1, warmup_steps), warmup_prefix=True, t_in_epochs=False,
     )  # fmt: skip
-    ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True) if optim.ema_decay else None
+    if main:
+        record_inputs(run, training)
 
     # resume
     torch.manual_seed(recipe.seed * 1000 + rank)
-    step, best = 0, -1.0
+    done, best, num_skipped = 0, -1.0, 0
     if state:
-        if state["world_size"] != world_size:
-            raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
-        step, best = state["step"], state["best"]
-        model.load_state_dict(state["model"])
-        projections.load_state_dict(state.get("projections", {}))
-        optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.module.load_state_dict(state["ema"])
+        done, best, num_skipped = state["step"], state["best"], state.get("num_skipped", 0)
+        training.load_state_dict(state)
         _set_rng_state(state["rng"][rank])
     if main:
-        run.cut_metrics(step)
-        if step < num_steps:  # an evaluation of what it was so far
+        run.cut_metrics(done)
+        if done < num_steps:  # an evaluation of what it was so far
             (run.path / "evaluation.json").unlink(missing_ok=True)
 
-    def tell(line: dict[str, Any]) -> None:
+    def report(line: dict[str, Any]) -> None:
         progress({"run": str(run.path), "name": recipe.name, "num_steps": num_steps, **line})
 
-    pairs, outputs = imitation.describe() if imitation else [], cache.describe() if cache else ""
-    tell({"kind": "start", "step": step, "pairs": pairs, "teacher_outputs": outputs})
+    cache = teacher_cache(recipe, run, data)
+    pairs = training.imitation.describe() if training.imitation else []
+    report({"kind": "start", "step": done, "pairs": pairs, "teacher_outputs": cache.describe() if cache else ""})
+    if not done:
+        check_teachers(training, data, rank, world_size)
 
-    # teacher outputs that are kept, their size told before they are made
-    if cache and logit_teacher and step < num_steps:
+    # teacher outputs that are kept
+    if cache and training.logit_teacher and done < num_steps:
         with main_process_first(rank):
             if main:
-                cache.create(origin(recipe, data, logit_teacher))
+                cache.create(origin(recipe, data, training.logit_teacher))
             cache.open()
 
-    # objective
-    student = torch.compile(model) if optim.compile else model
-    if world_size > 1:
-        student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
-    objective = build_objective(recipe, student, logit_teacher, imitation)
-
     def save_state() -> None:
+        if not _is_finite(training.model, training.evaluated, training.projections):
+            raise RuntimeError(
+                f"the weights of {run.path} are not finite after step {done}, which is not saved; the state before it "
+                f"is still there. Lower --optim.lr or set --optim.clip-grad, and train into another folder"
+            )
         rng = gather(_rng_state(device))
-        if main and cache:
-            cache.flush()  # which covers what the other processes have written until they gathered
         if main:
-            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            states |= {"projections": projections.state_dict()}
-            states |= {"ema": ema.module.state_dict()} if ema else {}
-            run.save_state({**states, "step": step, "best": best, "rng": rng, "world_size": world_size})
+            if cache:
+                cache.flush()  # which covers what the other processes have written until they gathered
+            counts = {"step": done, "best": best, "num_skipped": num_skipped, "world_size": world_size}
+            run.save_state({**training.state_dict(), **counts, "rng": rng})
 
     # epochs
-    with objective, _signals() as interrupted:
+    with training.objective as objective, _signals() as interrupted:
         saved_at = time.monotonic()
-        for epoch in range(step // batches.steps_per_epoch, optim.epochs):
-            epoch_began = time.monotonic()
-            step_began = time.monotonic()
-            taught = objective.taught
-            recall = partial(cache.logits, epoch % distill.cache_augmentations) if cache else None
-            model.train()
-            for parts in batches.epoch(epoch, start_step=step % batches.steps_per_epoch):
-                schedule.step_update(step)
-                scale = imitation_scale(distill.schedule, step / num_steps, recipe.research.phase)
-                terms = _backward(objective, parts, scale, student, optim.precision, device, recall)
-                if not isfinite(terms["loss"]):
-                    raise RuntimeError(
-                        f"the loss is not finite after step {step}: {terms}; lower optim.lr or set optim.clip_grad"
-                    )
-                average_gradients(projections)  # which stand outside of what DDP wraps
-                if optim.clip_grad:
-                    nn.utils.clip_grad_norm_(chain(model.parameters(), projections.parameters()), optim.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                if ema:
-                    ema.update(model, step)
-                line = {"kind": "step", "step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **terms}
+        for epoch in range(done // batches.steps_per_epoch, optim.epochs):
+            epoch_began = step_began = time.monotonic()
+            teacher_batches = objective.teacher_batches
+            lookup = partial(cache.logits, epoch % distill.cache_augmentations) if cache else None
+            training.model.train()
+            for parts in batches.epoch(epoch, start_step=done % batches.steps_per_epoch):
+                schedule.step_update(done)
+                scale = imitation_scale(distill.schedule, done / num_steps, recipe.research.phase)
+                terms = step(training, parts, done + 1, scale, lookup)
+                done += 1
+                num_skipped = num_skipped + 1 if "skipped" in terms else 0
+                lr = training.optimizer.param_groups[0]["lr"]
+                line = {"kind": "step", "step": done, "epoch": epoch, "lr": lr, **terms}
                 line["images_per_s"] = round(optim.batch_size / (time.monotonic() - step_began), 1)
                 step_began = time.monotonic()
                 if main:
                     run.log(line)
-                tell(line)
+                report(line)
+                if num_skipped:
+                    _say_skipped(run, line, num_skipped, main)
                 due = bool(interrupted) or (main and time.monotonic() - saved_at > SAVE_SECONDS)
-                if any_process(due, device) and step % batches.steps_per_epoch:
+                if any_process(due, device) and done % batches.steps_per_epoch:
                     save_state()
                     saved_at = time.monotonic()
                     if any_process(bool(interrupted), device):
                         raise KeyboardInterrupt
 
             # end of the epoch
-            if recall and logit_teacher and epoch < distill.cache_augmentations:
-                _remember(batches.left_out(epoch), logit_teacher, optim.precision, device, recall)
-            kept = ema.module if ema else model
-            share_buffers(kept)
+            if lookup and training.logit_teacher and epoch < distill.cache_augmentations:
+                _compute_outputs(batches.left_out(epoch), training.logit_teacher, optim.precision, device, lookup)
+            share_buffers(training.evaluated)
             size = optim.batch_size // world_size // optim.accumulation
             val_batches = eval_batches(
                 data.splits["val"], preprocessing(recipe.data), size, recipe.data.num_workers, rank, world_size
             )
-            result = evaluate(kept, val_batches, len(data.classes), optim.precision)
+            result = evaluate(training.evaluated, val_batches, num_classes, optim.precision)
             line = {
-                "kind": "epoch", "epoch": epoch, "step": step, "val_top1": result.top1, "val_top5": result.top5,
+                "kind": "epoch", "epoch": epoch, "step": done, "val_top1": result.top1, "val_top5": result.top5,
                 "val_loss": result.loss, "val_images": result.num_images,
                 "seconds": round(time.monotonic() - epoch_began, 3),
             }  # fmt: skip
             if cache:
-                line["teacher_batches"] = sum(gather(objective.taught - taught))
+                line["teacher_batches"] = sum(gather(objective.teacher_batches - teacher_batches))
             if main:
                 run.log(line)
-                if result.top1 > best:
-                    save(kept, run.path / "best")
-            best = max(best, result.top1)
+                if not result.finite:
+                    logger.warning("%s: %d images have logits that are not finite", run.path, result.num_nonfinite)
+                elif result.top1 > best:
+                    save(training.evaluated, run.path / "best")
+            best = max(best, result.top1) if result.finite else best
             save_state()
             saved_at = time.monotonic()
-            tell(line)
+            report(line)
             if any_process(bool(interrupted), device):
                 raise KeyboardInterrupt
-    barrier()
-    return run
 
 
-def _backward(
-    objective: Objective,
-    parts: list[TrainPart],
-    scale: float,
-    student: nn.Module,
-    precision: str,
-    device: torch.device,
-    recall: Recall | None,
-) -> dict[str, float]:
-    """Gradients of the mean loss over the parts, and each term's mean over the parts and processes."""
-    sums: dict[str, Tensor] = {}
-    for i, (images, targets, indices) in enumerate(parts):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        last = i == len(parts) - 1
-        no_sync = student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
-        with no_sync:
-            with _autocast(precision, device):
-                terms = objective(images, targets, scale, partial(recall, indices) if recall else None)
-            (terms["loss"] / len(parts)).backward()
-        right = (terms.pop("output").argmax(1) == targets.argmax(1)).float().mean()
-        for name, value in {**terms, "top1": 100 * right}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() / len(parts)
-    return dict(zip(sums, mean_over_processes(torch.stack(list(sums.values()))).tolist(), strict=True))
+def _say_skipped(run: Run, line: dict[str, Any], num_skipped: int, main: bool) -> None:
+    """Says that a step was skipped.
+
+    Raises:
+        RuntimeError: too many were, one after the other.
+    """
+    if main:
+        what = "its loss" if line["loss"] != line["loss"] or abs(line["loss"]) == float("inf") else "its gradient"
+        logger.warning("%s: step %d is skipped, %s is not finite", run.path, line["step"], what)
+    if num_skipped >= MAX_SKIPPED:
+        raise RuntimeError(
+            f"loss or gradient of {run.path} were not finite in {num_skipped} steps in a row, the last of them step "
+            f"{line['step']}: lower --optim.lr, set --optim.clip-grad, or look at the images named by `skipped` in "
+            f"metrics.jsonl. The weights are as they were before the first of these steps"
+        )
 
 
-def _remember(
-    parts: Iterable[TrainPart], teacher: nn.Module, precision: str, device: torch.device, recall: Recall
+@torch.no_grad()
+def _is_finite(*modules: nn.Module) -> bool:
+    """Whether all parameters and buffers are finite."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return not tensors or bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
+
+
+def _compute_outputs(
+    parts: Iterable[TrainPart], teacher: nn.Module, precision: str, device: torch.device, lookup: LogitLookup
 ) -> None:
     """Keeps the teacher's outputs on images that this epoch leaves out, but a later one may take."""
     for images, _, indices in parts:
-        with _autocast(precision, device):
-            recall(indices, partial(teacher, images.to(device)))
-
-
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+        with autocast(precision, device):
+            lookup(indices, partial(teacher, images.to(device)))
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them, so that the state can be saved; a second one kills."""
+    """Collects SIGINT and SIGTERM, so that the state can be saved first; a second one ends the process."""
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:

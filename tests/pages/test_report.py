@@ -106,7 +106,10 @@ def make_run(
         ratio = fused / 3000
         speed["ratio"] = {"median": ratio, "low": ratio - 0.02, "high": ratio + 0.03}
     k = len(classes)
-    confusion = [[47 if i == j else int(draw.random() < 0.15) * draw.randint(1, 3) for j in range(k)] for i in range(k)]
+    confusion = {
+        str(i): {str(i): 47} | {str(j): draw.randint(1, 3) for j in range(k) if j != i and draw.random() < 0.15}
+        for i in range(k)
+    }
     samples = [
         dict(name=f"{i}.png", label=i % k, prediction=(i + 1) % k if i < 4 else i % k, probability=0.9, png=make_png(i))
         for i in range(16)
@@ -302,6 +305,33 @@ def test_many_long_class_names(tmp_path: Path) -> None:
     assert "All 120 classes" in page
     assert "Most confused of 120 classes" in page
     assert 'class="heat"' not in page
+
+
+def test_both_forms_of_the_confusion_are_one_picture(tmp_path: Path) -> None:
+    """Three classes, where a dense row could be taken for (true, predicted, count)."""
+    run = make_run(tmp_path / "run", LABELS, 60.0, ("ant", "bee", "cow"))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    pages = []
+    for confusion in ([[5, 0, 2], [0, 6, 0], [1, 0, 7]], {"0": {"0": 5, "2": 2}, "1": {"1": 6}, "2": {"0": 1, "2": 7}}):
+        write_json(run / "evaluation.json", evaluation | {"confusion": confusion})
+        pages.append(page_of(run))
+    assert pages[0] == pages[1]
+    assert "ant 5 · 2 bee · 6 · cow 1 · 7" in text_of(pages[0])
+    assert "Is Read as Images ant cow 2 cow ant 1" in text_of(pages[0])
+
+
+def test_many_classes_show_their_worst_confusions(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", LABELS, 60.0)
+    data = json.loads((run / "data.json").read_text())
+    write_json(run / "data.json", data | {"classes": [f"class {i}" for i in range(10_001)]})
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    confusion = {"9999": {"3": 2, "9999": 5}, "10000": {"0": 7}}
+    write_json(run / "evaluation.json", evaluation | {"confusion": confusion})
+    page = page_of(run)
+    assert "Most confused of 10001 classes Is Read as Images class 10000 class 0 7 class 9999 class 3 2" in text_of(
+        page
+    )
+    assert len(page) < 1_000_000
 
 
 def test_without_runs(tmp_path: Path) -> None:
