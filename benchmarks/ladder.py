@@ -1,6 +1,6 @@
 """Does a network without token mixers keep its accuracy, trained the RIFormer way? The paper's ladder, on glyphs.
 
-Rungs by budgets by seeds, as ordinary runs of the recipe glyphs-paper; every seed has its own teachers, and a rung's
+Rungs by budgets by seeds, as ordinary runs of the recipe glyphs-riformer; every seed has its own teachers, and a rung's
 difference from another is taken seed by seed. A run of the smallest budget takes about 2,000 steps, minutes of a core.
 What is finished is kept in results/ladder, a file a run, and not run again; what was interrupted goes on exactly. The
 data are those of data/glyphs.py.
@@ -24,7 +24,7 @@ from riformer.cli.progress import TrainProgress
 from riformer.config import ModelConfig, Recipe
 from riformer.measure.quoted import LADDER
 from riformer.model.weights import load, save
-from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs_paper
+from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs_riformer
 from riformer.study.comparison import Comparison, Record, markdown, record
 from riformer.study.ladder import run_ladder
 
@@ -55,15 +55,15 @@ SMOKE = (Part(("identity", "full"), 1, (0, 1)),)
 
 
 def small() -> Recipe:
-    """The recipe glyphs-paper for 3 epochs, the smallest budget."""
-    base = replace(glyphs_paper(), name="glyphs")
+    """The recipe glyphs-riformer for 3 epochs, the smallest budget."""
+    base = replace(glyphs_riformer(), name="glyphs")
     optim = replace(base.optim, epochs=3, warmup_epochs=0.1 * 3)
     return replace(base, teacher=replace(base.teacher, epochs=3), optim=optim)
 
 
 def s12() -> Recipe:
     """RIFormer-S12 from a PoolFormer-S12 on glyphs of 64 pixels, where a token without mixing sees 63 of 64."""
-    base = glyphs_paper()
+    base = glyphs_riformer()
     optim = replace(base.optim, lr=2e-3, epochs=100, warmup_epochs=5, batch_size=512, precision="bf16", compile=True)
     return replace(
         base,

@@ -13,7 +13,7 @@ from math import log2, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from riformer.config import Recipe, from_dict, to_dict, upgrade
+from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
 from riformer.recipes import RUNGS
 from riformer.train.run import Run
 
@@ -132,7 +132,7 @@ class Comparison:
         recipes: dict[tuple[str, str], Recipe] = {}
         seen: dict[tuple[str, str, int], str] = {}
         for one in self.records:
-            name, rung, recipe = one["ladder"], one["rung"], from_dict({**upgrade(one["recipe"]), "seed": 0})
+            name, rung, recipe = one["ladder"], one["rung"], drop_idle(from_dict({**upgrade(one["recipe"]), "seed": 0}))
             if (twin := seen.setdefault((name, rung, one["seed"]), one["run"])) != one["run"]:
                 raise ValueError(f"{twin} and {one['run']} are the same rung, ladder and seed; a comparison takes one")
             if recipes.setdefault((name, rung), recipe) != recipe:

@@ -68,7 +68,9 @@ def plain(**optim) -> Recipe:
     steady = AugmentConfig(mixup=0.0, cutmix=0.0)
     settings = {"lr": 1e-2, "epochs": 1, "warmup_epochs": 0.0, "batch_size": 200, "precision": "fp32", **optim}
     model = ModelConfig(depths=(1, 1), dims=(8, 8), stem_patch=2, stem_stride=2)
-    return tiny(distill=DistillConfig(), augment=steady, model=model, optim=OptimConfig(**settings))
+    return tiny(
+        distill=DistillConfig(), teacher=TeacherConfig(), augment=steady, model=model, optim=OptimConfig(**settings)
+    )
 
 
 def lines(folder: Path) -> list[dict]:
