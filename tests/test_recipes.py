@@ -10,10 +10,8 @@ import timm
 import riformer
 from riformer.config import DistillConfig, ModelConfig, OptimConfig, Recipe, check, from_dict, to_dict
 from riformer.measure.cost import gpu_hours
-from riformer.model.variants import VARIANTS
 from riformer.recipes import (
     DEFAULT_RUNGS,
-    DEPTHS,
     FULL,
     RECIPES,
     RUNGS,
@@ -154,10 +152,6 @@ def test_the_rungs_of_the_papers_ladder():
         changed = dataclasses.replace(rung, name=recipe.name, model=recipe.model, distill=recipe.distill)
         assert changed == recipe
     assert RUNGS["mixer"](RECIPES["quickstart"]()).model.mixer == "global_filter"
-
-
-def test_rungs_know_the_depths_of_the_networks():
-    assert {name: sizes["depths"] for name, sizes in VARIANTS.items()} == DEPTHS
 
 
 def test_a_budget_multiplies_the_epochs_of_student_and_teacher():
