@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from riformer.cli.options import console, errors, load_model, verb_parser
 from riformer.distill.teachers import describe
 from riformer.measure.cost import count_params
-from riformer.model.fuse import FORMS, deploy_form, mixing
+from riformer.model.fuse import FORMS, deploy_form, remaining_mixers
 from riformer.model.hub import check_repository, push
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
@@ -35,7 +35,7 @@ def fuse_verb(argv: list[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(argv)
     model = load(options.source)
-    if mixers := mixing(model):
+    if mixers := remaining_mixers(model):
         raise ValueError(f"{options.source} mixes tokens ({mixers}), which nothing can merge away")
     fused, difference = _in_form("folded" if options.fold else "deploy", model, options.tolerance)
     save(fused, options.destination)

@@ -123,7 +123,7 @@ def build(
         _start(recipe, model, opened, notes)
     logit_teacher, module_teacher = build_teachers(recipe, RUN, data.classes, device, opened)
     if recipe.distill.start_from_teacher and module_teacher:
-        start_from(model, module_teacher.model.state_dict())
+        start_from(model, module_teacher.model)
     return model, logit_teacher, module_teacher, build_imitation(recipe, model, module_teacher)
 
 
@@ -271,7 +271,7 @@ def _start(recipe: Recipe, model: nn.Module, opened: Callable[[str, int], nn.Mod
     if not start.startswith(("timm:", "local-dir:", "hf-hub:")) and not Path(start).exists():
         notes.append(f"{start}, from which training is to start, is not here yet")
     else:
-        start_at(model, opened(start, recipe.data.img_size).state_dict(), start)
+        start_at(model, opened(start, recipe.data.img_size), start)
 
 
 def _now(device: torch.device) -> float:

@@ -104,12 +104,12 @@ def _train(
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, data).to(device)
     if recipe.model.start and not state:
-        start_at(model, open_model(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
+        start_at(model, open_model(recipe.model.start, recipe.data.img_size), recipe.model.start)
 
     # teachers
     logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device)
     if distill.start_from_teacher and module_teacher:
-        start_from(model, module_teacher.model.state_dict())
+        start_from(model, module_teacher.model)
     imitation = build_imitation(recipe, model, module_teacher)
     projections = imitation.projections if imitation else nn.ModuleDict()
 
