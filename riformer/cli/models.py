@@ -111,15 +111,23 @@ def publish(argv: list[str]) -> int:
 def convert_verb(argv: list[str]) -> int:
     """Reads an mmpretrain, PoolFormer or timm checkpoint and writes safetensors with this package's names.
 
-    Nothing in a checkpoint is executed. One that does not fit the architecture is refused, each difference named.
+    Nothing in a checkpoint is executed. One that does not fit the architecture is refused, each difference named. So is
+    one whose keys are those of several networks, unless --form says which it is.
     """
     parser = verb_parser("convert", convert_verb)
     parser.add_argument("source", type=str, help="checkpoint file, .pth or .safetensors")
     parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
-    model_help = "what it must be, such as riformer_s12.mmpretrain_in1k_384 (default: told from its shapes, at 224 px)"
+    model_help = "what it must be, such as riformer_s12.mmpretrain_in1k_384 (default: by its shapes, at 224 px)"
     parser.add_argument("--model", type=str, help=model_help)
+    form_help = "what a file whose keys fit several networks holds: deploy, poolformer, timm-poolformer or deleted"
+    parser.add_argument("--form", type=str, default="", help=form_help)
+    parser.add_argument("--plain", action="store_true", help="take the plain weights of a file with EMA weights too")
+    unverified_help = "read a model that differs from its checksum, such as after editing its config.json"
+    parser.add_argument("--unverified", action="store_true", help=unverified_help)
     options = parser.parse_args(argv)
-    written = convert(options.source, options.destination, options.model)
+    written = convert(
+        options.source, options.destination, options.model, options.form, not options.plain, not options.unverified
+    )
     model = load(written)
     console.print(f"{written}: {describe(model)}, {count_params(model):,} parameters", highlight=False)
     return 0

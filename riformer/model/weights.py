@@ -269,7 +269,7 @@ def _load(
     config_file = path / CONFIG
     if path.is_dir() and not config_file.is_file():
         raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {CONFIG}")
-    file = read_file(path / WEIGHTS if path.is_dir() else path, use_ema, verify)
+    file = read_file(_weights_file(path) if path.is_dir() else path, use_ema, verify)
     try:
         text = _read_text(config_file) if path.is_dir() else file.config
         state, description = _described(file, text, form)
@@ -288,6 +288,12 @@ def _load(
     elif file.label_names:
         logger.warning("%s: left out its %d names of %d classes", path, len(file.label_names), model.num_classes)
     return model.eval()
+
+
+def _weights_file(folder: Path) -> Path:
+    """The folder's weights: safetensors, or else the older name that timm and the Hub know."""
+    older = folder / "pytorch_model.bin"
+    return older if older.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def _read_text(path: Path) -> str:
