@@ -94,11 +94,21 @@ def read_description(text: str) -> Description:
         raise ValueError(f"describes no model: {len(text)} characters, more than {MAX_CHARACTERS}")
     try:
         config = json.loads(text)
-        more = config.pop(SECTION, {})
-        pretrained_cfg, name, args = _parse_model_cfg(config, {})
-        more, args, pretrained_cfg = dict(more), dict(args or {}), dict(pretrained_cfg)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        parts = [config, *(config.get(key) or {} for key in ("pretrained_cfg", "model_args", SECTION))]
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"describes no model: {error!r}") from error
+    for place, part in zip(("config.json", "pretrained_cfg", "model_args", SECTION), parts, strict=True):
+        if not isinstance(part, dict):
+            raise ValueError(f"describes no model: {place} is {str(part)[:80]!r}; it must be a JSON object")
+        for key, (is_right, allowed) in _CHECKS.items():
+            if part.get(key) is not None and not is_right(part[key]):
+                raise ValueError(f"{place}.{key} is {str(part[key])[:80]!r}; it must be {allowed}")
+    config.pop(SECTION, None)
+    try:
+        pretrained_cfg, name, _ = _parse_model_cfg(config, {})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"describes no model: {error!r}") from error
+    args, more = parts[2:]
     if not isinstance(name, str):
         raise ValueError(f"architecture is {name!r}; it must be the name of a network")
     if refused := sorted(_FACTORY_ARGS & args.keys()):
@@ -106,10 +116,6 @@ def read_description(text: str) -> Description:
     if unknown := sorted(pretrained_cfg.keys() - _FIELDS):
         raise ValueError(f"pretrained_cfg has {unknown[0]}, which is no field of timm's")
     pretrained_cfg = {key: value for key, value in pretrained_cfg.items() if key not in _SOURCES and value is not None}
-    for place, values in (("pretrained_cfg", pretrained_cfg), ("model_args", args)):
-        for key, (is_right, allowed) in _CHECKS.items():
-            if values.get(key) is not None and not is_right(values[key]):
-                raise ValueError(f"{place}.{key} is {str(values[key])[:80]!r}; it must be {allowed}")
     channels = {1, 3, args.get("in_chans"), pretrained_cfg.get("input_size", [3])[0]}
     for key in ("mean", "std"):
         numbers = pretrained_cfg.get(key)
@@ -117,8 +123,9 @@ def read_description(text: str) -> Description:
             raise ValueError(f"pretrained_cfg.{key} is {str(numbers)[:80]}; it must have a number for each channel")
     if isinstance(names := pretrained_cfg.get("label_names"), Mapping):
         pretrained_cfg["label_names"] = [names[str(i)] for i in range(len(names))]
-    if args.get("num_classes") is None and "num_classes" in pretrained_cfg:
-        args["num_classes"] = pretrained_cfg["num_classes"]
+    num_classes = pretrained_cfg.get("num_classes")
+    if num_classes is not None and args.setdefault("num_classes", num_classes) != num_classes:
+        raise ValueError(f"num_classes is {num_classes}, but model_args.num_classes is {args['num_classes']}")
     return Description(name, args, pretrained_cfg, {key: more[key] for key in more if key not in _FIELDS})
 
 

@@ -6,6 +6,7 @@ norms, PoolFormer is `MetaFormer(mixer="pooling")`. There is one block class and
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import cast
 
 import torch.nn.functional as F
@@ -169,7 +170,7 @@ class MetaFormer(nn.Module):
     Shape: [N, in_chans, H, W] -> [N, num_classes].
 
     Raises:
-        ValueError: unknown mixer, or depths, dims and mixers that do not agree in number.
+        ValueError: unknown mixer, sizes below 1, or depths, dims and mixers that do not agree in number.
     """
 
     def __init__(
@@ -192,6 +193,10 @@ class MetaFormer(nn.Module):
         init_std: float = 0.02,
     ):
         super().__init__()
+        patches = {"stem_patch": [stem_patch], "stem_stride": [stem_stride], "down_patch": [down_patch]}
+        for argument, values in {"depths": depths, "dims": dims, **patches}.items():
+            if not all(isinstance(value, Integral) and value > 0 for value in values):
+                raise ValueError(f"{argument} is {values}; it must be whole numbers of 1 or more")
         names = [mixer] * len(depths) if isinstance(mixer, str) else list(mixer)
         if len(depths) != len(dims) or len(names) not in (len(depths), sum(depths)):
             raise ValueError(
