@@ -24,7 +24,8 @@ from riformer.cli.progress import TrainProgress
 from riformer.config import ModelConfig, Recipe
 from riformer.measure.quoted import LADDER
 from riformer.model.weights import load, save
-from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs_riformer
+from riformer.recipes import RUNGS, at_budget, glyphs_riformer
+from riformer.sizes import VARIANTS
 from riformer.study.comparison import Comparison, Record, markdown, record
 from riformer.study.ladder import run_ladder
 
@@ -77,7 +78,7 @@ def s12() -> Recipe:
 
 def smoke(base: Recipe) -> Recipe:
     """An epoch on the built-in digits, of a network as small as its stages allow; compiling it would take longer."""
-    stages = len(DEPTHS[base.model.name])
+    stages = len(VARIANTS[base.model.name]["depths"])
     model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
     optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250, compile=False)
     data = replace(base.data, name="digits", root="", num_workers=0)

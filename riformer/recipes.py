@@ -20,18 +20,9 @@ from riformer.config import (
     drop_idle,
 )
 from riformer.published import PARADIGM
+from riformer.sizes import VARIANTS
 
 Rung = Callable[[Recipe], Recipe]
-
-DEPTHS = {  # of the networks by name, for rungs that change one stage
-    "riformer_s12": (2, 2, 6, 2),
-    "riformer_s24": (4, 4, 12, 4),
-    "riformer_s36": (6, 6, 18, 6),
-    "riformer_m36": (6, 6, 18, 6),
-    "riformer_m48": (8, 8, 24, 8),
-    "riformer_micro": (1, 1),
-    "riformer_mini": (2, 2, 2),
-}
 
 LABELS = DistillConfig()
 # The paper's paradigm with one network, trained in the same run, in both teacher roles.
@@ -272,9 +263,9 @@ def full(recipe: Recipe) -> Recipe:
 
 
 def _depths(recipe: Recipe) -> tuple[int, ...]:
-    if recipe.model.name not in DEPTHS:
-        raise ValueError(f"model.name is {recipe.model.name!r}, but this rung is of {', '.join(DEPTHS)}")
-    return recipe.model.depths or DEPTHS[recipe.model.name]
+    if recipe.model.name not in VARIANTS:
+        raise ValueError(f"model.name is {recipe.model.name!r}, but this rung is of {', '.join(VARIANTS)}")
+    return recipe.model.depths or VARIANTS[recipe.model.name]["depths"]
 
 
 def _rung(recipe: Recipe, name: str, mixer: str | tuple[str, ...], distill: DistillConfig) -> Recipe:

@@ -18,10 +18,8 @@ from riformer.config import (
     to_dict,
 )
 from riformer.measure.cost import gpu_hours
-from riformer.model.variants import VARIANTS
 from riformer.recipes import (
     DEFAULT_RUNGS,
-    DEPTHS,
     FULL,
     RECIPES,
     RUNGS,
@@ -160,10 +158,6 @@ def test_the_rungs_of_the_papers_ladder():
         changed = dataclasses.replace(rung, name=recipe.name, model=recipe.model, distill=recipe.distill)
         assert dataclasses.replace(changed, research=recipe.research) == recipe
     assert RUNGS["mixer"](RECIPES["quickstart"]()).model.mixer == "global_filter"
-
-
-def test_rungs_know_the_depths_of_the_networks():
-    assert {name: sizes["depths"] for name, sizes in VARIANTS.items()} == DEPTHS
 
 
 def test_a_budget_multiplies_the_epochs_of_student_and_teacher():

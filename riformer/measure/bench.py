@@ -25,7 +25,7 @@ from riformer.export.engines import BACKENDS
 from riformer.measure.cost import count_macs, count_params
 from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.limit import product_peak, products_alone
-from riformer.model.fuse import deploy_form, mixing
+from riformer.model.fuse import deploy_form, remaining_mixers
 from riformer.model.weights import load
 from riformer.runtime.native import supported
 from riformer.runtime.optimize import DTYPES
@@ -111,7 +111,7 @@ def competitors(
     there: list[Competitor] = []
     absent: list[Competitor] = []
     for model in models:
-        is_riformer = not mixing(open_network(model))
+        is_riformer = not remaining_mixers(open_network(model))
         for backend in backends:
             for precision in precisions:
                 entry = BACKENDS[backend]

@@ -15,7 +15,7 @@ from torch import nn
 from riformer.config import Recipe
 from riformer.distill.objective import IMITATION
 from riformer.measure.cost import count_macs, count_params
-from riformer.model.fuse import FORMS, mixing
+from riformer.model.fuse import FORMS, remaining_mixers
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
 from riformer.runtime.predict import class_names
@@ -55,7 +55,7 @@ def model_card(run_folder: str | Path, form: str = "deploy", repository: str = "
         raise ValueError(f"form is {form!r}; allowed are {', '.join(FORMS)}")
     run = Run(run_folder)
     recipe, trained = run.recipe(), load(run.best())
-    mixers = mixing(trained)
+    mixers = remaining_mixers(trained)
     if mixers and form != "training":
         raise ValueError(
             f"form is {form!r}, but {run_folder} mixes tokens ({mixers}), which nothing can merge away: only "
