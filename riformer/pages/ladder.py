@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from riformer.atomic import write_text
 from riformer.data.batches import eval_batches, preprocessing
 from riformer.data.dataset import open_dataset
-from riformer.distill.imitation import block_names
+from riformer.distill.families import block_names
 from riformer.distill.taps import tap
 from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.quoted import LADDER
