@@ -1,4 +1,4 @@
-"""Small networks of every class in FAMILIES; a new line there needs one here, and the tests of all families run on it."""
+"""Small networks of every class in FAMILIES: a new line there needs one here, and all tests of families then run."""
 
 from typing import Any
 

@@ -74,7 +74,7 @@ def mixer(student: Tensor, teacher: Tensor) -> Tensor:
 def relation(student: Tensor, teacher: Tensor, max_tokens: int = 196) -> Tensor:
     """L_rel: mean squared error between the token-by-token cosine similarities of two maps.
 
-    Choice: maps with more than `max_tokens` tokens are average-pooled to a smaller grid of the same proportions, because
+    Choice: maps of more than `max_tokens` tokens are average-pooled to a smaller grid of the same proportions, because
     at stage 1 of a 224 px image the full matrix has 3136 x 3136 entries.
 
     Shape: [N, C, H, W] and [N, D, H, W]; the widths may differ.

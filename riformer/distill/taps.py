@@ -21,8 +21,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def tap(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Yields a dict that each forward pass fills with the outputs of the modules in `names`, gradients attached.
 
-    Names are those of the model without wrappers, also when it is wrapped by DDP or torch.compile. A compiled model must
-    be tapped before its first call, because torch.compile ignores hooks that are added later; the dict then stays empty.
+    Names are those of the model without wrappers, also when DDP or torch.compile wraps it. A compiled model must be
+    tapped before its first call, because torch.compile ignores hooks that are added later; the dict then stays empty.
 
     Raises:
         ValueError: a name that the model does not have; before any forward pass.
