@@ -177,11 +177,11 @@ def test_preprocessing_and_versions(tmp_path):
         (dict(crop_mode="center"), "bicubic resize, centre crop of 0.875 of the side to 3 × 64 × 64"),
         (
             dict(crop_mode="squash", interpolation="bilinear"),
-            "bilinear resize that changes the aspect ratio, centre crop",
+            "bilinear resize that changes the aspect ratio, centre",
         ),
         (
             dict(crop_mode="border"),
-            "resize of the longer side, centre crop of 0.875 of the side with borders in the mean",
+            "resize of the longer side, centre crop of 0.875 of the side with borders in the",
         ),
         (dict(input_size=(3, 64, 96)), "centre crop of 0.875 of each side to 3 × 64 × 96"),
     ],

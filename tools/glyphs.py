@@ -1,7 +1,7 @@
 """Renders letters and digits of every usable typeface of this machine into glyphs.npz: `--data.name glyphs`.
 
-    xargs apt-get install -y < benchmarks/data/font-packages.txt   # Debian's, a few GB; or any fonts that you have
-    python benchmarks/data/glyphs.py ~/.cache/riformer
+    xargs apt-get install -y < tools/font-packages.txt   # Debian's, a few GB; or any fonts that you have
+    python tools/glyphs.py ~/.cache/riformer
 
 A-Z and 2-9, light on black, 64 x 64 pixels, the longest side 48, centred; 0 and 1 look like O and I, lower case like
 upper case. Left out are faces that lack a letter, show the same sign for several, or do not look like letters. Faces of
