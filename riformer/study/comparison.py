@@ -206,10 +206,10 @@ class Comparison:
 
     def _verdict(self, ladder: str, ahead: Difference) -> str:
         verb = "ahead of" if ahead.mean > 0 else "behind"
-        seeds = f", {len(ahead.by_seed)} seeds" if ahead.half is not None else ""
+        detail = "1 seed" if ahead.half is None else f"{ahead}, {len(ahead.by_seed)} seeds"
         text = (
             f"After {self.steps[ladder]:,} steps on {self.data}, the full recipe is {abs(ahead.mean):.2f} points "
-            f"{verb} the network that keeps its mixers ({ahead}{seeds})."
+            f"{verb} the network that keeps its mixers ({detail})."
         )
         gains = {rung: self.difference(ladder, "deleted", rung) for rung in self.rungs}
         if (gap := gains.get("mixer")) and (full := gains.get("full")):
