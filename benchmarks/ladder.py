@@ -1,9 +1,9 @@
 """Does a network without token mixers keep its accuracy, trained the RIFormer way? The paper's ladder, on glyphs.
 
-Rungs by budgets by seeds, as ordinary runs of the recipe glyphs-riformer; every seed has its own teachers, and a rung's
-difference from another is taken seed by seed. A run of the smallest budget takes about 2,000 steps, minutes of a core.
-What is finished is kept in results/ladder, a file a run, and not run again; what was interrupted goes on exactly. The
-data are those of data/glyphs.py.
+Runs rungs at several budgets with several seeds, all of them ordinary runs of the recipe glyphs-riformer. Every seed has
+its own teachers, and differences between rungs are taken seed by seed. A run of the smallest budget has about 2,000
+steps and takes minutes on one core. Finished runs are recorded in results/ladder, one file each, and are not repeated;
+interrupted ones resume exactly. The data are made by tools/glyphs.py.
 
     python benchmarks/ladder.py --root FOLDER-OF-GLYPHS.NPZ --jobs 2
     python benchmarks/ladder.py --root FOLDER-OF-GLYPHS.NPZ --gpu      RIFormer-S12 itself, at 64 px, 100 epochs
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 MAIN = ("mixer", "identity", "deleted", "hard", "soft", "affine", "imitation", "full", "labels-long")
 TERMS = ("start", *(f"imitation-{part}" for part in ("block", "mixer", "relation", "constant", "first-phase")))
-PLAN = (  # in the order of its worth
+PLAN = (  # the most important first
     Part(MAIN, 1, (0, 1, 2)),
     Part(("mixer", "deleted", "full", "mixer-last", "overlap"), 3, (0, 1, 2)),
     Part(("mixer-last", "overlap", "mixer-first", "fitted"), 1, (0, 1, 2)),
@@ -77,7 +77,7 @@ def s12() -> Recipe:
 
 
 def smoke(base: Recipe) -> Recipe:
-    """An epoch on the built-in digits, of a network as small as its stages allow; compiling it would take longer."""
+    """One epoch on the built-in digits with the smallest network of as many stages, which is not compiled."""
     stages = len(VARIANTS[base.model.name]["depths"])
     model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
     optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250, compile=False)
@@ -86,7 +86,7 @@ def smoke(base: Recipe) -> Recipe:
 
 
 def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: int, console: Console) -> None:
-    """Runs what has no record yet, and writes its record. Finished runs that are still there lend their teachers."""
+    """Runs the recipes that have no record yet, and records them. Finished run folders lend their teachers."""
     for part in plan:
         todo, lenders = [], []
         for seeded in (at_budget(replace(base, seed=seed), part.budget) for seed in part.seeds):
@@ -102,17 +102,17 @@ def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: i
 
 
 def keep_best(runs: Path, out: Path) -> None:
-    """Writes the model of the highest validation accuracy beside the records, and that of those that mix no tokens."""
-    records = [one for one in read(out) if (runs / one["run"]).is_dir()]
-    plain = [one for one in records if one["recipe"]["model"]["mixer"] in ("affine", "identity", "nothing")]
+    """Writes the models with the highest validation accuracy beside the records: of all, and without token mixers."""
+    records = [r for r in read(out) if (runs / r["run"]).is_dir()]
+    plain = [r for r in records if r["recipe"]["model"]["mixer"] in ("affine", "identity", "nothing")]
     for name, among in (("best", records), ("best_riformer", plain)):
         if among:
-            best = max(among, key=lambda one: max(one["val_top1"]))
+            best = max(among, key=lambda r: max(r["val_top1"]))
             save(load(runs / best["run"]), out.with_name(f"{out.name}_{name}.safetensors"))
 
 
 def file(out: Path, recipe: Recipe) -> Path:
-    """Where the record of a run lies; the run folder has the same name."""
+    """The path of a run's record; the run folder has the same name."""
     return out / f"{recipe.name}-seed{recipe.seed}.json"
 
 

@@ -1,4 +1,4 @@
-"""Which teacher? Every family teaches the same small student, beside the student that learns from labels alone.
+"""Which family of teachers is best? Each teaches the same small student, beside one that learns from labels alone.
 
 Data are the built-in digits. Each teacher is trained on labels by the same loop, at 32 px; then the quickstart's
 student (RIFormer micro, affines for mixers, 16 px) learns for the same number of steps from labels, from the teacher's
@@ -62,7 +62,7 @@ IMITATION = replace(FULL, start_from_teacher=False)
 
 
 def student() -> Recipe:
-    """The student of all: that of the quickstart."""
+    """The student, which is that of the quickstart."""
     return replace(RECIPES["quickstart"](), name="micro")
 
 

@@ -196,7 +196,7 @@ def test_gpu_hours_add_up():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"name": "resnet50", "mixer": "affine"}, "no throughput is published of 'resnet50'"),
+        ({"name": "resnet18", "mixer": "affine"}, "no throughput is published of 'resnet18'"),
         ({"mixer": "attention"}, "no throughput is published of 'riformer_s12 with the mixer attention'"),
         ({"depths": (1, 1)}, "of riformer_s12 with other sizes than its own"),
     ],
