@@ -1,6 +1,6 @@
 """Does a network without token mixers keep its accuracy, trained the RIFormer way? The paper's ladder, on glyphs.
 
-Runs rungs at several budgets with several seeds, all of them ordinary runs of the recipe glyphs-riformer. Every seed has
+Runs rungs at several budgets with several seeds, all ordinary runs of the recipe glyphs-riformer. Every seed has
 its own teachers, and differences between rungs are taken seed by seed. A run of the smallest budget has about 2,000
 steps and takes minutes on one core. Finished runs are recorded in results/ladder, one file each, and are not repeated;
 interrupted ones resume exactly. The data are made by tools/glyphs.py.
