@@ -46,7 +46,7 @@ def load(parts: Any, keys: list, num_workers: int) -> Iterator[Any]:
         raise
     finally:
         if num_workers:
-            iterator._shutdown_workers()  # now, and not when the last reference in some traceback goes
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # now, and not when the last reference in some traceback goes
 
 
 def _start_worker(number: int) -> None:
