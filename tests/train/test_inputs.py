@@ -57,16 +57,18 @@ def recipe(colours, teacher="oracle", **distill):
 @pytest.fixture
 def oracle(monkeypatch):
     """Makes the name `oracle` open a teacher whose outputs have the given order and whose class names are these."""
+    from riformer.distill import teachers
     from riformer.train import build
 
     def stand_in(order, names=()):
         model = Oracle(order)
         if names:
             model.pretrained_cfg["label_names"] = list(names)
-        real = build.build_teacher
 
         def build_teacher(reference, classes, mean, std, img_size=0, compile=False, opened=None, stated_classes=()):
-            return real(reference, classes, mean, std, img_size, compile, lambda *_: model, stated_classes)
+            return teachers.build_teacher(
+                reference, classes, mean, std, img_size, compile, lambda *_: model, stated_classes
+            )
 
         monkeypatch.setattr(build, "build_teacher", build_teacher)
         monkeypatch.setattr(build, "open_model", lambda *_: model)
