@@ -1,12 +1,13 @@
 """The run folder: all that is needed to repeat, resume, evaluate and use one training.
 
-- recipe.json: the resolved configuration; `riformer train --config` takes it
+- recipe.json: the resolved configuration; `riformer train --config` reads it
 - env.json: versions, machine and date
 - data.json: class names, the split and skipped images
+- inputs.json: checksums of the teachers and of the weights to start from
 - metrics.jsonl: a line for each optimiser step and each epoch
 - best/: the best model so far: config.json and model.safetensors, in the Hub's layout
-- last/: the state to resume from, with checksums; last.previous/ is the one before
-- teacher_outputs/: where they are kept for later epochs; not needed once it is finished
+- last/: the state to resume from, with its checksum; last.previous/ is the state before it
+- teacher_outputs/: teacher outputs that later epochs read; not needed once the run is finished
 - teacher/: the run of its own teacher, where it trained one
 - evaluation.json: accuracy, parity and speed of the finished model
 - .lock: held by the process that trains here
@@ -16,22 +17,38 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import platform
+import re
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from riformer.atomic import previous, replace_folder, write_text
+from riformer.atomic import flush, previous, replace_file, replace_folder, recover, write_errors, write_text
 from riformer.config import Recipe, from_dict, to_dict, upgrade
 from riformer.version import __version__
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
+
+REPAIR = {  # what to do about a damaged file; the others are written again
+    "recipe.json": "restore it from a copy, or train into another --out",
+    "data.json": "it holds the class names and the split: restore it from a copy, or train into another --out",
+    "inputs.json": "it holds checksums of the teachers: restore it from a copy, or train into another --out",
+    "evaluation.json": "delete it and run `riformer eval` on the run",
+}
 
 
 class Run:
@@ -57,7 +74,8 @@ class Run:
                 listed = "\n  ".join(differences)
                 raise ValueError(f"{self.path} holds a run of another recipe; choose another --out:\n  {listed}")
             if differences:
-                (self.path / "data.json").unlink(missing_ok=True)
+                for name in ("data.json", "inputs.json"):
+                    (self.path / name).unlink(missing_ok=True)
                 self.write("recipe.json", to_dict(recipe))
         elif self.path.is_dir() and any(not name.startswith(".") for name in os.listdir(self.path)):
             raise ValueError(f"{self.path} is not empty and not a run folder; choose another --out")
@@ -68,29 +86,29 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second training out of the folder; however this process ends, the lock ends with it.
+        """Keeps a second training out of the folder. The lock ends with this process, even if it is killed.
 
         Raises:
             ValueError: another process trains in this folder.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows
+        if fcntl is None:
             yield
             return
         lock = self.path / ".lock"
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(lock, "w") as file:
+        with write_errors(lock):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "w")  # noqa: SIM115
+        with file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of its workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process alone, not by its workers
             except BlockingIOError as error:
                 text = f"another process trains in {self.path}: wait for it, or choose another --out"
                 raise ValueError(text) from error
             try:
                 yield
             finally:
-                if not (self.path / "recipe.json").exists():  # no run: what is there is somebody else's
-                    lock.unlink()
+                if not (self.path / "recipe.json").exists():  # no run has begun here: leave the folder as it was
+                    lock.unlink(missing_ok=True)
 
     def recipe(self) -> Recipe:
         """The recipe of this run.
@@ -103,10 +121,19 @@ class Run:
         return from_dict(upgrade(content))
 
     def is_trained(self) -> bool:
-        """Whether all its epochs are done; False where nothing has begun."""
+        """Whether all its epochs are done; False where nothing has begun.
+
+        The newest saved state says so. States without a number of steps, and runs whose states were deleted, are
+        judged by their metrics.
+        """
         if self.read("recipe.json") is None:
             return False
-        return sum(line["kind"] == "epoch" for line in self.metrics()) >= self.recipe().optim.epochs
+        for folder in self._states():
+            manifest = _manifest(folder)
+            if "num_steps" in manifest:
+                return manifest["step"] >= manifest["num_steps"]
+        last_epoch = self.recipe().optim.epochs - 1
+        return any(line["kind"] == "epoch" and line["epoch"] >= last_epoch for line in self.metrics())
 
     def best(self) -> Path:
         """The folder of the best model so far.
@@ -115,72 +142,132 @@ class Run:
             ValueError: there is no run here, or it has trained nothing yet.
         """
         self.recipe()
-        if not (self.path / "best" / "config.json").is_file():
-            raise ValueError(f"{self.path} has no best/ yet: train it first")
-        return self.path / "best"
+        best = self.path / "best"
+        for folder in (recover(best), previous(best)):  # the latter after a kill of version 0.1
+            if (folder / "config.json").is_file():
+                return folder
+        raise ValueError(f"{self.path} has no best/ yet: train it first")
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of this run, or None when it is not there yet.
 
         Raises:
-            ValueError: the file is not JSON.
+            ValueError: the file is damaged; the message says what to do.
         """
         file = self.path / name
+        if not file.is_file():
+            return None
+        repair = REPAIR.get(name, "delete it: it is written again")
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+            raise ValueError(f"{file} is not JSON ({error}); {repair}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} is damaged: it holds a JSON {type(content).__name__}, not an object; {repair}")
+        return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replaces a JSON file of this run."""
         write_text(self.path / name, json.dumps(content, indent=2))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Appends a line to the metrics."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends a line, with its checksum, to the metrics; numbers that are not finite are written as null.
+
+        Raises:
+            OSError: it cannot be written, or the run folder is gone.
+        """
+        line = {
+            name: None if isinstance(value, float) and not isfinite(value) else value for name, value in line.items()
+        }
+        text = json.dumps({**line, "crc32": _crc32(line)}, allow_nan=False)
+        file = self.path / "metrics.jsonl"
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"the run folder {self.path} is gone: it was deleted or moved during the training")
+        with write_errors(file), open(file, "a", encoding="utf-8") as lines:
+            lines.write(text + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics so far; a last line that a kill left half-written is dropped."""
-        file = self.path / "metrics.jsonl"
-        lines = []
-        for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        """The metrics so far; what is null in the file is NaN here.
+
+        Damaged lines are left out, with a warning that names them; a last line that a kill left half-written is not
+        mentioned.
+        """
+        lines, damaged = self.read_metrics()
+        if damaged:
+            file, numbers = self.path / "metrics.jsonl", ", ".join(map(str, damaged))
+            logger.warning("%s: damaged lines are left out: %s", file, numbers)
         return lines
 
+    def read_metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """The metrics so far, and the numbers, from 1, of the lines that are damaged."""
+        texts = self._metrics_texts()
+        parsed = [_parsed(text) for text in texts]
+        damaged = [i for i, line in enumerate(parsed, 1) if line is None and texts[i - 1].endswith(b"\n")]
+        return [line for line in parsed if line is not None], damaged
+
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines after `step`, which a resume is about to write again."""
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(kept))
+        """Drops the lines after `step`, which a resume is about to write again, and a last line that is half-written.
+
+        All lines before stay as they are, byte for byte. Nothing is dropped from a finished run.
+        """
+        if self.is_trained():
+            return
+        texts, kept = self._metrics_texts(), []
+        for text in texts:
+            line = _parsed(text)
+            if line and line["step"] > step:
+                break
+            if line or text.endswith(b"\n"):
+                kept.append(text.removesuffix(b"\n") + b"\n")
+        if kept != texts:
+            with replace_file(self.path / "metrics.jsonl") as new:
+                new.write_bytes(b"".join(kept))
+
+    def _metrics_texts(self) -> list[bytes]:
+        """The lines of metrics.jsonl, with their ends."""
+        file = self.path / "metrics.jsonl"
+        return [text for text in re.findall(rb"[^\n]*\n?", file.read_bytes()) if text] if file.is_file() else []
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Replaces last/ by `state`; the one before stays as last.previous/."""
+        """Replaces last/ by `state`; the state before becomes last.previous/.
+
+        The metrics are on the disk before, so that not even after a power failure a state is ahead of them.
+        """
+        if (metrics := self.path / "metrics.jsonl").exists():
+            flush(metrics)
         with replace_folder(self.path / "last", keep_previous=True) as folder:
             torch.save(state, folder / "state.pt")
-            write_text(folder / "manifest.json", json.dumps({"state.pt": _sha256(folder / "state.pt")}))
+            counts = {name: state[name] for name in ("step", "num_steps") if name in state}
+            manifest = {"state.pt": _sha256(folder / "state.pt"), **counts}
+            (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest state whose checksum is right, or None when nothing was saved yet.
+        """The newest state that is whole, or None when nothing was saved yet; a warning names those that are not.
 
         Raises:
             ValueError: states were saved but none of them is whole.
         """
-        folders = [self.path / "last", previous(self.path / "last")]
-        for folder in folders:
+        damage = []
+        for folder in self._states():
             try:
-                expected = json.loads((folder / "manifest.json").read_text())["state.pt"]
-                if expected == _sha256(folder / "state.pt"):
-                    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            except (OSError, ValueError, KeyError):
-                pass
-            if folder.exists():
-                logger.warning("%s is damaged; falling back to the state before it", folder)
-        if any(folder.exists() for folder in folders):
-            raise ValueError(f"no saved state in {self.path} is whole; start anew with another --out")
+                if not (expected := _manifest(folder).get("state.pt")):
+                    raise ValueError("its manifest.json is missing or damaged")
+                if expected != _sha256(folder / "state.pt"):
+                    raise ValueError("its checksum differs")
+                return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # torch.load raises what its unpickler happens to meet
+                is_pickle = isinstance(error, pickle.UnpicklingError)  # whose text advises to trust the file
+                reason = "it holds no tensors" if is_pickle else str(error).partition("\n")[0]
+                damage.append(f"{folder / 'state.pt'} is damaged ({reason})")
+                logger.warning("%s; falling back to the state before it", damage[-1])
+        if damage:
+            raise ValueError(f"no saved state in {self.path} is whole: {'; '.join(damage)}. Train into another --out")
         return None
+
+    def _states(self) -> list[Path]:
+        """The folders of the saved states, the newest first."""
+        last = self.path / "last"
+        return [folder for folder in (recover(last), previous(last)) if folder.exists()]
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -222,3 +309,30 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved state; empty if it cannot be read."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _crc32(line: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line).encode())
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line of the metrics; None if it is damaged. Lines of version 0.1 have no checksum."""
+    try:
+        line = json.loads(text)
+        if "crc32" in line and line.pop("crc32") != _crc32(line):
+            return None
+        is_known = line["kind"] in ("step", "epoch")
+        if not (is_known and isinstance(line[line["kind"]], int) and isinstance(line["step"], int)):
+            return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return {name: nan if value is None else value for name, value in line.items()}
