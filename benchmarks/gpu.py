@@ -1,10 +1,10 @@
-"""How near to the limit does the runtime come on a GPU? Every bar for one, in calls of less than ten minutes.
+"""How near to the limit is the runtime on a GPU? Checks the targets for an NVIDIA H100, in calls below ten minutes.
 
-In bf16: RIFormer-S12 and M36 at a batch of 256 beside eager PyTorch; one image at once; the pace from 224 to 512 px;
-then S12 beside torch.compile(max-autotune) of its deploy form, its collapsed form and PoolFormer-S12, and in batches of
-8 and 32. What takes least to build comes first: to autotune one compiled network takes minutes. Nothing new is begun
-after --minutes: the same command goes on with what is left. At the end stands which bars are met. The bars are for an
-NVIDIA H100.
+In bf16: RIFormer-S12 and M36 with batches of 256 beside eager PyTorch; single images; the speed from 224 to 512 px;
+then S12 beside torch.compile(max-autotune) of its deploy form, its collapsed form and PoolFormer-S12, and with batches
+of 8 and 32. Networks that are quick to build come first, because autotuning a compiled network takes minutes. No new
+measurement begins after --minutes; the same command continues with the rest. The last table shows which targets are
+met.
 
     python benchmarks/gpu.py
 """
@@ -65,12 +65,12 @@ def rates(folder: Path, name: str, entry: Competitor, img_size: int = 224) -> li
     file = folder / f"{name}.json"
     groups = json.loads(file.read_text())["groups"] if file.exists() else []
     rows = [row for group in groups if group["img_size"] == img_size for row in group["rows"]]
-    found = [row["rates"] for row in rows if Competitor(row["model"], row["backend"], row["precision"]) == entry]
-    return found[0] if found else None
+    matching = [row["rates"] for row in rows if Competitor(row["model"], row["backend"], row["precision"]) == entry]
+    return matching[0] if matching else None
 
 
 def bars(folder: Path) -> list[tuple[str, float | None, float, bool]]:
-    """What is asked, what was measured, the bar, and whether more is better."""
+    """For each target its name, the measured value, the target value, and whether more is better."""
 
     def median(name: str, entry: Competitor, beside: Competitor | None = None, img_size: int = 224) -> float | None:
         own, other = (rates(folder, name, e, img_size) if e else None for e in (entry, beside))
@@ -79,7 +79,7 @@ def bars(folder: Path) -> list[tuple[str, float | None, float, bool]]:
         return Spread.of([a / b for a, b in zip(own, other, strict=True)] if other else own).median
 
     one = median("s12_one_image", OURS)
-    paces = [found * size**2 for size in SIZES if (found := median("resolution", OURS, img_size=size))]
+    paces = [rate * size**2 for size in SIZES if (rate := median("resolution", OURS, img_size=size))]
     spread = max(paces) / min(paces) - 1 if len(paces) == len(SIZES) else None
     return [
         ("S12, batch 256, images/s", median("s12", OURS), 100_000, True),
@@ -93,10 +93,10 @@ def bars(folder: Path) -> list[tuple[str, float | None, float, bool]]:
 
 def main() -> None:
     parser = options(__doc__, RESULTS / "gpu")
-    parser.add_argument("--minutes", type=float, default=5, help="begin nothing new after that")
+    parser.add_argument("--minutes", type=float, default=5, help="begin no measurement after so many minutes")
     given = parser.parse_args()
     if not (given.smoke or torch.cuda.is_available()):
-        parser.error("no GPU here; --smoke shows on the CPU that everything runs")
+        parser.error("no GPU here; --smoke tries the script on the CPU")
     console, began, left = Console(), time.monotonic(), []
     for name, entries, batch_size, img_sizes in SMOKE if given.smoke else QUESTIONS:
         file = given.out / f"{name}.json"
@@ -109,7 +109,7 @@ def main() -> None:
             bench(entries, *where, given.rounds, turn_seconds(given.smoke), not given.smoke, status)
         if file.exists():
             print_bench(json.loads(file.read_text()), console)
-    numbers = [Column(header, justify="right") for header in ("measured", "bar", "")]
+    numbers = [Column(header, justify="right") for header in ("measured", "target", "")]
     table = Table("", *numbers, box=SIMPLE_HEAD)
     for text, value, bar, more in bars(given.out):
         met = "" if value is None else "met" if (value >= bar if more else value <= bar) else "NOT met"

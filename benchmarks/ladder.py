@@ -1,9 +1,9 @@
 """Does a network without token mixers keep its accuracy, trained the RIFormer way? The paper's ladder, on glyphs.
 
-Rungs by budgets by seeds, as ordinary runs of the recipe glyphs-paper; every seed has its own teachers, and a rung's
-difference from another is taken seed by seed. A run of the smallest budget takes about 2,000 steps, minutes of a core.
-What is finished is kept in results/ladder, a file a run, and not run again; what was interrupted goes on exactly. The
-data are those of data/glyphs.py.
+Runs rungs at several budgets with several seeds, all ordinary runs of the recipe glyphs-riformer. Every seed has
+its own teachers, and differences between rungs are taken seed by seed. A run of the smallest budget has about 2,000
+steps and takes minutes on one core. Finished runs are recorded in results/ladder, one file each, and are not repeated;
+interrupted ones resume exactly. The data are made by tools/glyphs.py.
 
     python benchmarks/ladder.py --root FOLDER-OF-GLYPHS.NPZ --jobs 2
     python benchmarks/ladder.py --root FOLDER-OF-GLYPHS.NPZ --gpu      RIFormer-S12 itself, at 64 px, 100 epochs
@@ -24,7 +24,8 @@ from riformer.cli.progress import TrainProgress
 from riformer.config import ModelConfig, Recipe
 from riformer.measure.quoted import LADDER
 from riformer.model.weights import load, save
-from riformer.recipes import DEPTHS, RUNGS, at_budget, glyphs_paper
+from riformer.recipes import RUNGS, at_budget, glyphs_riformer
+from riformer.sizes import VARIANTS
 from riformer.study.comparison import Comparison, Record, markdown, record
 from riformer.study.ladder import run_ladder
 
@@ -39,7 +40,7 @@ class Part(NamedTuple):
 
 MAIN = ("mixer", "identity", "deleted", "hard", "soft", "affine", "imitation", "full", "labels-long")
 TERMS = ("start", *(f"imitation-{part}" for part in ("block", "mixer", "relation", "constant", "first-phase")))
-PLAN = (  # in the order of its worth
+PLAN = (  # the most important first
     Part(MAIN, 1, (0, 1, 2)),
     Part(("mixer", "deleted", "full", "mixer-last", "overlap"), 3, (0, 1, 2)),
     Part(("mixer-last", "overlap", "mixer-first", "fitted"), 1, (0, 1, 2)),
@@ -55,15 +56,15 @@ SMOKE = (Part(("identity", "full"), 1, (0, 1)),)
 
 
 def small() -> Recipe:
-    """The recipe glyphs-paper for 3 epochs, the smallest budget."""
-    base = replace(glyphs_paper(), name="glyphs")
+    """The recipe glyphs-riformer for 3 epochs, the smallest budget."""
+    base = replace(glyphs_riformer(), name="glyphs")
     optim = replace(base.optim, epochs=3, warmup_epochs=0.1 * 3)
     return replace(base, teacher=replace(base.teacher, epochs=3), optim=optim)
 
 
 def s12() -> Recipe:
     """RIFormer-S12 from a PoolFormer-S12 on glyphs of 64 pixels, where a token without mixing sees 63 of 64."""
-    base = glyphs_paper()
+    base = glyphs_riformer()
     optim = replace(base.optim, lr=2e-3, epochs=100, warmup_epochs=5, batch_size=512, precision="bf16", compile=True)
     return replace(
         base,
@@ -76,8 +77,8 @@ def s12() -> Recipe:
 
 
 def smoke(base: Recipe) -> Recipe:
-    """An epoch on the built-in digits, of a network as small as its stages allow; compiling it would take longer."""
-    stages = len(DEPTHS[base.model.name])
+    """One epoch on the built-in digits with the smallest network of as many stages, which is not compiled."""
+    stages = len(VARIANTS[base.model.name]["depths"])
     model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
     optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250, compile=False)
     data = replace(base.data, name="digits", root="", num_workers=0)
@@ -85,7 +86,7 @@ def smoke(base: Recipe) -> Recipe:
 
 
 def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: int, console: Console) -> None:
-    """Runs what has no record yet, and writes its record. Finished runs that are still there lend their teachers."""
+    """Runs the recipes that have no record yet, and records them. Finished run folders lend their teachers."""
     for part in plan:
         todo, lenders = [], []
         for seeded in (at_budget(replace(base, seed=seed), part.budget) for seed in part.seeds):
@@ -101,17 +102,17 @@ def measure(base: Recipe, plan: tuple[Part, ...], runs: Path, out: Path, jobs: i
 
 
 def keep_best(runs: Path, out: Path) -> None:
-    """Writes the model of the highest validation accuracy beside the records, and that of those that mix no tokens."""
-    records = [one for one in read(out) if (runs / one["run"]).is_dir()]
-    plain = [one for one in records if one["recipe"]["model"]["mixer"] in ("affine", "identity", "nothing")]
+    """Writes the models with the highest validation accuracy beside the records: of all, and without token mixers."""
+    records = [r for r in read(out) if (runs / r["run"]).is_dir()]
+    plain = [r for r in records if r["recipe"]["model"]["mixer"] in ("affine", "identity", "nothing")]
     for name, among in (("best", records), ("best_riformer", plain)):
         if among:
-            best = max(among, key=lambda one: max(one["val_top1"]))
+            best = max(among, key=lambda r: max(r["val_top1"]))
             save(load(runs / best["run"]), out.with_name(f"{out.name}_{name}.safetensors"))
 
 
 def file(out: Path, recipe: Recipe) -> Path:
-    """Where the record of a run lies; the run folder has the same name."""
+    """The path of a run's record; the run folder has the same name."""
     return out / f"{recipe.name}-seed{recipe.seed}.json"
 
 

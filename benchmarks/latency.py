@@ -33,12 +33,12 @@ def main() -> None:
             continue
         size, rounds = (224, given.rounds) if not given.smoke else (32, 3)
         images = torch.randn(given.batch_size, 3, size, size, device=device)
-        found = profile(open_network(name, deploy=False).to(device), images, rounds)
+        measured = profile(open_network(name, deploy=False).to(device), images, rounds)
         title = f"{name}, batch {given.batch_size}, {size} px, fp32"
-        print_profile(found, title, console)
+        print_profile(measured, title, console)
         record = {"model": name, "batch_size": given.batch_size, "img_size": size, "env": environment(1)}
-        draw(found, title, file.with_suffix(".svg"))
-        write_text(file, json.dumps(record | found.to_dict(), indent=1) + "\n")
+        draw(measured, title, file.with_suffix(".svg"))
+        write_text(file, json.dumps(record | measured.to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

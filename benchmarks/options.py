@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: their options, and where results go."""
+"""Options and result folders that the scripts beside this file share."""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def of_machine() -> Path:
-    """The folder for what is measured on machines like this one: by what they multiply with."""
+    """The folder for results of machines like this one, named by their best instruction set."""
     return RESULTS / ("gpu" if torch.cuda.is_available() else [*supported(), "cpu"][0])
 
 
@@ -20,10 +20,10 @@ def options(description: str | None, out: Path, rounds: int = 9) -> ArgumentPars
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=out, help=f"{'file' if out.suffix else 'folder'} of the results")
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each competitor")
-    parser.add_argument("--smoke", action="store_true", help="a small network once, to see that everything runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick trial with a small network")
     return parser
 
 
 def turn_seconds(smoke: bool) -> float:
-    """How long a competitor's turn lasts at least."""
+    """Least duration of a competitor's turn."""
     return 0.01 if smoke else 0.2

@@ -1,6 +1,6 @@
-"""Does the runtime keep its pace from 224 to 512 pixels? Images per second times pixels should stay the same.
+"""Is the runtime as fast per pixel at 512 px as at 224 px? Images per second times pixels should stay the same.
 
-Sizes are measured one after another, and what else a machine does only slows: the fastest turns are compared.
+Sizes are measured one after another. Other load on the machine only slows a turn, so the fastest turns are compared.
 
 python benchmarks/resolution.py
 """

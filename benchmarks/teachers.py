@@ -1,4 +1,4 @@
-"""Which teacher? Every family teaches the same small student, beside the student that learns from labels alone.
+"""Which family of teachers is best? Each teaches the same small student, beside one that learns from labels alone.
 
 Data are the built-in digits. Each teacher is trained on labels by the same loop, at 32 px; then the quickstart's
 student (RIFormer micro, affines for mixers, 16 px) learns for the same number of steps from labels, from the teacher's
@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from riformer.cli.progress import TrainProgress
-from riformer.config import DistillConfig, Recipe, TeacherConfig
+from riformer.config import DistillConfig, Recipe, TeacherConfig, drop_idle
 from riformer.recipes import FULL, RECIPES, labels, teacher_recipe
 from riformer.study.ladder import run_ladder
 from riformer.train.run import Run
@@ -62,7 +62,7 @@ IMITATION = replace(FULL, start_from_teacher=False)
 
 
 def student() -> Recipe:
-    """The student of all: that of the quickstart."""
+    """The student, which is that of the quickstart."""
     return replace(RECIPES["quickstart"](), name="micro")
 
 
@@ -79,7 +79,7 @@ def taught(family: str, seed: int, out: Path) -> list[Recipe]:
     logits = replace(LOGITS, logit_teacher=folder)
     modules = replace(IMITATION, logit_teacher=folder, module_teacher=folder)
     return [
-        replace(student(), name=f"{family}-{name}", distill=distill)
+        drop_idle(replace(student(), name=f"{family}-{name}", distill=distill))
         for name, distill in (("logits", logits), ("imitation", modules))
     ]
 

@@ -92,7 +92,7 @@ def train(detector: FCOS, steps: int, batch_size: int, image_size: int, generato
     return history
 
 
-def found(detections: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> int:
+def count_hits(detections: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> int:
     """How many rectangles have a detection that overlaps them by more than half."""
     overlaps = [box_iou(t["boxes"], d["boxes"]) for d, t in zip(detections, targets, strict=True)]
     return sum(int((overlap > 0.5).any(1).sum()) for overlap in overlaps)
@@ -124,7 +124,7 @@ def main() -> None:
         with torch.no_grad():
             detections = model(images)
         boxes.append(torch.cat([detection["boxes"] for detection in detections]))
-        hits, total = found(detections, targets), sum(len(target["boxes"]) for target in targets)
+        hits, total = count_hits(detections, targets), sum(len(target["boxes"]) for target in targets)
         print(f"{form}: {len(boxes[-1])} detections, {hits} of {total} rectangles found, {count(model):,} parameters")
     if len(boxes[0]):
         print(f"largest difference of a coordinate: {(boxes[0] - boxes[1]).abs().max():.0e} pixels")

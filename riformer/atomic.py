@@ -36,8 +36,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
-        with tempfile.TemporaryDirectory() as folder, _errors_within(path, Path(folder)):
-            yield (new := Path(folder) / NEW)
+        with tempfile.TemporaryDirectory() as temporary, _errors_within(path, Path(temporary)):
+            yield (new := Path(temporary) / NEW)
             with open(new, "rb") as source, open(path, "wb") as destination:
                 shutil.copyfileobj(source, destination)
         return
@@ -66,7 +66,7 @@ def replace_folder(path: str | Path, keep_previous: bool = False) -> Iterator[Pa
 
     Args:
         path: the folder.
-        keep_previous: what was at `path` becomes `previous(path)`, in place of what was there, instead of being removed.
+        keep_previous: what was at `path` becomes `previous(path)`, and replaces what was there.
 
     Raises:
         ValueError: `path` is the current folder or a mount point, which cannot be exchanged.

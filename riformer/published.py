@@ -15,7 +15,7 @@ warm-up for the long runs, as for networks of this kind at this batch size (sail
 
 from dataclasses import replace
 
-from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
+from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe
 
 # The paper's paradigm: soft labels without ground truth, the teacher's weights, imitation. Choice: equal weights of the
 # terms, and imitation fading out, because the paper gives no values.
@@ -43,7 +43,6 @@ def _riformer(size: str) -> Recipe:
         name=size,
         data=_images(size),
         model=ModelConfig(name=f"riformer_{size}", drop_path_rate=DROP_PATH[size]),
-        teacher=TeacherConfig(epochs=300, lr=4e-3),  # PoolFormer's own training, for a module teacher named "own"
         distill=replace(PARADIGM, module_teacher=f"timm:poolformer_{size}"),
         optim=OptimConfig(lr=4e-3, epochs=600, warmup_epochs=20, batch_size=4096, accumulation=4),
     )

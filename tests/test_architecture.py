@@ -1,5 +1,7 @@
 """The house as ARCHITECTURE.md draws it, and what importing it costs."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,37 @@ def test_the_tree_in_architecture_md_equals_the_files():
     packages = {path for path in files if path.count("/") == 2 and path.endswith("__init__.py")}
     assert len(packages) == 10
     assert drawn_files() == (files - packages) | {"riformer_cli.py"}
+
+
+# Imports of the package inside a function, each with its reason; avoiding an import circle is not one.
+LATE_IMPORTS = {
+    ("riformer/runtime/optimize.py", "riformer.runtime.cuda"),  # needs Triton, which a PyTorch for CPUs does not have
+}
+
+
+def test_no_import_of_the_package_hides_in_a_function():
+    late = set()
+    for path in (ROOT / "riformer").rglob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, FUNCTIONS)]
+        for node in (inner for function in functions for inner in ast.walk(function)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            late |= {(str(path.relative_to(ROOT)), name) for name in names if name.split(".")[0] == "riformer"}
+    assert late == LATE_IMPORTS
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def test_a_file_has_350_lines_or_a_reason_in_architecture_md():
+    """The reasons are a paragraph that begins with "Longer than 350 lines:" and has the paths in backticks."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    reasons = re.search(r"^Longer than 350 lines: (.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    excused = set(re.findall(r"`([\w/]+\.\w+)`", reasons[1] if reasons else ""))
+    suffixes = (".py", ".cpp", ".h", ".html", ".css")
+    sources = [path for path in (ROOT / "riformer").rglob("*.*") if path.suffix in suffixes]
+    long = {str(path.relative_to(ROOT / "riformer")) for path in sources if len(path.read_text().splitlines()) > 350}
+    assert long == excused
 
 
 def python(code: str) -> subprocess.CompletedProcess:

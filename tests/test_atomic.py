@@ -15,7 +15,7 @@ from tiny import tiny
 
 import riformer
 from riformer import atomic
-from riformer.atomic import previous, replace_file, replace_folder, recover, write_text
+from riformer.atomic import previous, recover, replace_file, replace_folder, write_text
 
 
 def write_folder(path: Path | str, text: str, **how: bool) -> None:
@@ -133,7 +133,7 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "m").mkdir()
     monkeypatch.chdir(tmp_path / "m")
     for path in (".", tmp_path / "m", "../m"):
-        with pytest.raises(ValueError, match="is the current folder or a mount point.*: name a folder in it"):
+        with pytest.raises(ValueError, match="is the current folder or a mount point"):
             write_folder(path, "1")
     assert names(tmp_path) == ["m"]
     assert os.path.samefile(".", tmp_path / "m")
@@ -194,7 +194,7 @@ def test_what_is_replaced_gives_its_mode(tmp_path: Path) -> None:
 def killed_at(number: int, action: Callable[[], None]) -> bool:
     """Runs `action` in a process that is killed at the number-th event of its auditing; False if it came to its end.
 
-    Python announces to an audit hook what is about to happen: opening, creating, renaming, removing, loading a function.
+    Python tells an audit hook what is about to happen: a file is opened, renamed, removed, a function of C looked up.
     """
     child = os.fork()
     if not child:

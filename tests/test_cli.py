@@ -365,10 +365,14 @@ def test_a_push_without_a_network_leaves_the_folder_and_says_what_to_do(run, tmp
 def test_convert_reads_a_foreign_checkpoint_and_refuses_a_wrong_one(tmp_path, capsys):
     torch.save({"state_dict": timm.create_model("poolformer_s12", num_classes=7).state_dict()}, tmp_path / "pool.pth")
     out = tmp_path / "pool.safetensors"
-    assert cli.run("convert", [str(tmp_path / "pool.pth"), str(out)]) == 0
+    form = ["--form", "timm-poolformer"]
+    assert "--form" in fails(capsys, "convert", str(tmp_path / "pool.pth"), str(out))
+    assert cli.run("convert", [str(tmp_path / "pool.pth"), str(out), *form]) == 0
     assert "riformer_s12 pooling" in capsys.readouterr().out
     assert len(load_file(out)["head.fc.bias"]) == 7
-    message = fails(capsys, "convert", str(tmp_path / "pool.pth"), str(tmp_path / "b"), "--model", "riformer_s24")
+    message = fails(
+        capsys, "convert", str(tmp_path / "pool.pth"), str(tmp_path / "b"), "--model", "riformer_s24", *form
+    )
     assert "stages.0.blocks.2.norm1.weight" in message
     assert not (tmp_path / "b").exists()
 

@@ -127,7 +127,7 @@ def test_links_of_the_readme_lead_somewhere():
 @pytest.mark.parametrize(
     ("name", "script", "page"),
     [
-        ("quickstart", "docs/record_quickstart.py", "docs/paper-map.md"),
+        ("quickstart", "tools/record_quickstart.py", "docs/paper-map.md"),
         ("teachers", "benchmarks/teachers.py", "docs/teachers.md"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_documented_table_is_the_recorded_one(name, script, page):
 
 def test_the_speeds_in_the_docs_are_the_recorded_ones():
     shown = 0
-    for page, texts in load_script("benchmarks/show.py").blocks().items():
+    for page, texts in load_script("tools/show.py").blocks().items():
         for name, text in texts.items():
             assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page.read_text()
             shown += 1

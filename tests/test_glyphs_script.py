@@ -16,7 +16,7 @@ FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu, STIX and C
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("benchmarks/data/glyphs.py")
+    return load_script("tools/glyphs.py")
 
 
 @pytest.fixture(scope="module")

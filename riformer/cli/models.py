@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from riformer.cli.options import console, errors, load_model, verb_parser
 from riformer.distill.teachers import describe
 from riformer.measure.cost import count_params
-from riformer.model.fuse import FORMS, deploy_form, mixing
+from riformer.model.fuse import FORMS, deploy_form, remaining_mixers
 from riformer.model.hub import check_repository, push
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
@@ -35,7 +35,7 @@ def fuse_verb(argv: list[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
     options = parser.parse_args(argv)
     model = load(options.source)
-    if mixers := mixing(model):
+    if mixers := remaining_mixers(model):
         raise ValueError(f"{options.source} mixes tokens ({mixers}), which nothing can merge away")
     fused, difference = _in_form("folded" if options.fold else "deploy", model, options.tolerance)
     save(fused, options.destination)
@@ -111,15 +111,23 @@ def publish(argv: list[str]) -> int:
 def convert_verb(argv: list[str]) -> int:
     """Reads an mmpretrain, PoolFormer or timm checkpoint and writes safetensors with this package's names.
 
-    Nothing in a checkpoint is executed. One that does not fit the architecture is refused, each difference named.
+    Nothing in a checkpoint is executed. One that does not fit the architecture is refused, each difference named. So is
+    one whose keys are those of several networks, unless --form says which it is.
     """
     parser = verb_parser("convert", convert_verb)
     parser.add_argument("source", type=str, help="checkpoint file, .pth or .safetensors")
     parser.add_argument("destination", type=str, help="FILE.safetensors, or a folder that timm's local-dir: reads too")
-    model_help = "what it must be, such as riformer_s12.mmpretrain_in1k_384 (default: told from its shapes, at 224 px)"
+    model_help = "what it must be, such as riformer_s12.mmpretrain_in1k_384 (default: by its shapes, at 224 px)"
     parser.add_argument("--model", type=str, help=model_help)
+    form_help = "what a file whose keys fit several networks holds: deploy, poolformer, timm-poolformer or deleted"
+    parser.add_argument("--form", type=str, default="", help=form_help)
+    parser.add_argument("--plain", action="store_true", help="take the plain weights of a file with EMA weights too")
+    unverified_help = "read a model that differs from its checksum, such as after editing its config.json"
+    parser.add_argument("--unverified", action="store_true", help=unverified_help)
     options = parser.parse_args(argv)
-    written = convert(options.source, options.destination, options.model)
+    written = convert(
+        options.source, options.destination, options.model, options.form, not options.plain, not options.unverified
+    )
     model = load(written)
     console.print(f"{written}: {describe(model)}, {count_params(model):,} parameters", highlight=False)
     return 0

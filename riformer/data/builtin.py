@@ -98,7 +98,7 @@ def glyphs(root: str = "", img_size: int = 32) -> tuple[tuple[str, ...], dict[st
             classes, families = (tuple(arrays[name].tolist()) for name in ("classes", "families"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"there is no {file}: make it with benchmarks/data/glyphs.py, or name its folder with --data.root"
+            f"there is no {file}: make it with tools/glyphs.py, or name its folder with --data.root"
         ) from error
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is not a whole file of glyphs: {error}") from error

@@ -29,7 +29,7 @@ DATASETS = {
     "fashion-mnist": "70,000 grey images of clothes, 28 x 28 pixels, from the system or downloaded",
     "cifar10": "60,000 photographs of 10 kinds of things, 32 x 32 pixels, downloaded",
     "cifar100": "60,000 photographs of 100 kinds of things, 32 x 32 pixels, downloaded",
-    "glyphs": "letters and digits in hundreds of typefaces, 64 x 64 pixels, made by benchmarks/data/glyphs.py",
+    "glyphs": "letters and digits in hundreds of typefaces, 64 x 64 pixels, made by tools/glyphs.py",
     "folder:PATH": "any images: PATH/train/CLASS/ and PATH/val/CLASS/, or PATH/CLASS/, which is split here",
 }
 

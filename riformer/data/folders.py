@@ -17,6 +17,7 @@ import PIL
 
 from riformer.atomic import write_text
 from riformer.caches import cache_folder
+from riformer.data.orders import natural_order
 from riformer.images import EXTENSIONS, read_image
 from riformer.version import __version__
 
@@ -67,7 +68,7 @@ def _find_classes(root: Path, folder: Path) -> tuple[Split, int]:
         )
     num_ignored = sum(not name.startswith(".") for name in files)
     found = {}
-    for name in sorted(name for name in class_folders if not name.startswith(".")):
+    for name in natural_order(name for name in class_folders if not name.startswith(".")):
         paths = [path.relative_to(root).as_posix() for path in _files(folder / name)]
         found[name] = sorted(path for path in paths if _is_image(path))
         if not found[name]:

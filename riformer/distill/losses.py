@@ -1,12 +1,17 @@
 """The terms of the training objective, as pure functions of tensors. All return a scalar, the mean over the batch."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK_MATCHES = ("normalised", "raw")
+
 
 def label(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy to the targets, which may be mixed.
+    """Cross-entropy to the targets, which may be mixtures of classes.
 
     Shape: logits [N, K], targets [N, K] probabilities.
     """
@@ -24,8 +29,8 @@ def hard(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def soft(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of softened probabilities, times the temperature's square.
 
-    Choice: temperature 1 and no division by the number of classes, because the paper gives neither; dividing, as DeiT's
-    code does, makes the term a thousand times smaller on ImageNet, beside imitation terms that stay as they are.
+    Choice: temperature 1 and no division by the number of classes, because the paper gives neither. Dividing, as DeiT's
+    code does, would make the term a thousand times smaller on ImageNet and leave the imitation terms as they are.
 
     Shape: both [N, K].
     """
@@ -35,13 +40,18 @@ def soft(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Te
 
 
 def block(student: Tensor, teacher: Tensor, match: str = "normalised") -> Tensor:
-    """L_in': mean squared error between the residual streams behind two blocks.
+    """L_in': mean squared error between the outputs of two blocks.
 
-    Choice: `normalised` compares after a norm over C, H and W without parameters, the norm through which the network
-    itself reads its stream; `raw` values differ tenfold between teacher and fresh student and drown the other terms.
+    Choice: `match` is "normalised", which compares after a norm over C, H and W without parameters, because the next
+    block also begins with that norm. "raw" values differ tenfold between a teacher and a fresh student, and outweigh
+    the other terms.
 
     Shape: both [N, C, H, W].
+
+    Raises:
+        ValueError: an unknown `match`, or maps of different shapes.
     """
+    check_choice("match", match, BLOCK_MATCHES)
     _same_shape("block", student, teacher)
     student, teacher = student.float(), teacher.float()
     if match == "normalised":
@@ -53,6 +63,9 @@ def mixer(student: Tensor, teacher: Tensor) -> Tensor:
     """L_out: mean squared error between the affine's output and the teacher's mixer's, before the residual add.
 
     Shape: both [N, C, H, W].
+
+    Raises:
+        ValueError: maps of different shapes.
     """
     _same_shape("mixer", student, teacher)
     return F.mse_loss(student.float(), teacher.float())
@@ -61,10 +74,13 @@ def mixer(student: Tensor, teacher: Tensor) -> Tensor:
 def relation(student: Tensor, teacher: Tensor, max_tokens: int = 196) -> Tensor:
     """L_rel: mean squared error between the token-by-token cosine similarities of two maps.
 
-    Choice: maps with more than `max_tokens` tokens are average-pooled to the largest grid of their shape below it; at
-    stage 1 of a 224 px image the full matrix has 3136 x 3136 entries.
+    Choice: maps of more than `max_tokens` tokens are average-pooled to a smaller grid of the same proportions, because
+    at stage 1 of a 224 px image the full matrix has 3136 x 3136 entries.
 
     Shape: [N, C, H, W] and [N, D, H, W]; the widths may differ.
+
+    Raises:
+        ValueError: maps of different heights or widths.
     """
     _same_shape("relation", student[:, :1], teacher[:, :1])
     grams = []
@@ -74,9 +90,21 @@ def relation(student: Tensor, teacher: Tensor, max_tokens: int = 196) -> Tensor:
             shrink = (max_tokens / (height * width)) ** 0.5
             x = F.adaptive_avg_pool2d(x, (max(1, int(height * shrink)), max(1, int(width * shrink))))
         tokens = F.normalize(x.flatten(2), dim=1)
-        with torch.autocast(x.device.type, enabled=False):  # which would round the products to bf16
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round the products to bf16
             grams.append(tokens.transpose(1, 2) @ tokens)
     return F.mse_loss(*grams)
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuses a word that is not among the allowed ones.
+
+    Raises:
+        ValueError: with what is allowed and the word that was probably meant.
+    """
+    if value not in allowed:
+        near = get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}{hint}")
 
 
 def _same_shape(term: str, student: Tensor, teacher: Tensor) -> None:

@@ -13,21 +13,28 @@ from riformer.distill.imitation import Imitation
 from riformer.distill.teachers import Ensemble, Teacher
 
 TERMS = ("label", "hard", "soft", *IMITATION)
+SCHEDULES = ("constant", "cosine", "first_phase")
 Recall = Callable[[Callable[[], Tensor]], Tensor]
 
 
 def imitation_scale(schedule: str, progress: float, phase: float = 0.5) -> float:
-    """Factor on the imitation weights: constant, cosine (1 to 0), or first_phase (1 until `phase`, then 0).
+    """Factor on the imitation weights: constant (1), cosine (from 1 to 0), or first_phase (1 until `phase`, then 0).
 
-    Choice: the paper does not say whether its weights change; all three are offered.
+    `progress` and `phase` are shares of the training, from 0 to 1.
+
+    Choice: all three are offered because the paper does not say whether its weights change.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
+    losses.check_choice("schedule", schedule, SCHEDULES)
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return float(schedule == "constant" or progress < phase)
 
 
 class Objective:
-    """Computes the loss of a batch; a context manager, because it taps the student and the module teacher meanwhile.
+    """Computes the loss of a batch; a context manager, inside which the student and the module teacher are tapped.
 
     Args:
         student: the model that learns, possibly wrapped by DDP or torch.compile (not yet called, if compiled).
@@ -55,13 +62,13 @@ class Objective:
     ):
         self.student = student
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        asks, imitates = {"hard", "soft"} & self.weights.keys(), set(IMITATION) & self.weights.keys()
-        if asks and logit_teacher is None:
-            raise ValueError(f"the terms {sorted(asks)} need a logit teacher")
-        if imitates and imitation is None:
-            raise ValueError(f"the terms {sorted(imitates)} need a module teacher")
-        self.logit_teacher = logit_teacher if asks else None
-        self.imitation = imitation if imitates else None
+        from_logits, from_modules = {"hard", "soft"} & self.weights.keys(), set(IMITATION) & self.weights.keys()
+        if from_logits and logit_teacher is None:
+            raise ValueError(f"the terms {sorted(from_logits)} need a logit teacher")
+        if from_modules and imitation is None:
+            raise ValueError(f"the terms {sorted(from_modules)} need a module teacher")
+        self.logit_teacher = logit_teacher if from_logits else None
+        self.imitation = imitation if from_modules else None
         self.teacher_batches = 0
         self.logit_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "label": lambda logits, targets: losses.label(logits, targets, label_smoothing),
@@ -81,14 +88,18 @@ class Objective:
     def __call__(
         self, images: Tensor, targets: Tensor, scale: float = 1.0, recall: Recall | None = None
     ) -> dict[str, Tensor]:
-        """`loss`, the student's logits as `output`, and every active term unweighted; `scale` is that of imitation.
+        """`loss`, the student's logits as `output`, and every active term before it is weighted.
 
-        `recall` stands between the objective and its logit teacher: it is given a function that runs the teacher on
-        this batch, and returns the teacher's logits, without calling it where it knows them.
+        Args:
+            images: of this batch.
+            targets: of this batch.
+            scale: factor on the weights of the imitation terms; 0 skips them.
+            recall: returns the logit teacher's logits for this batch. It is given a function that runs the teacher, and
+                need not call it where it has kept the logits.
         """
-        imitated = self.imitation if scale > 0 else None
-        if imitated:
-            imitated.forget()
+        imitation = self.imitation if scale > 0 else None
+        if imitation:
+            imitation.forget()
         output = self.student(images)
         ran: list[Teacher | Ensemble] = []
 
@@ -98,17 +109,17 @@ class Objective:
 
         teacher_logits = None
         if self.logit_teacher:
-            ask = partial(run, self.logit_teacher)
-            teacher_logits = recall(ask).to(images.device) if recall else ask()
+            run_teacher = partial(run, self.logit_teacher)
+            teacher_logits = recall(run_teacher).to(images.device) if recall else run_teacher()
         terms = {
             name: term(output, targets if name == "label" else teacher_logits)
             for name, term in self.logit_terms.items()
             if name in self.weights
         }
-        if imitated:
-            if not imitated.teacher_ran:
-                run(imitated.teacher)
-            terms |= imitated.terms()
+        if imitation:
+            if not imitation.teacher_ran:
+                run(imitation.teacher)
+            terms |= imitation.terms()
         self.teacher_batches += bool(ran)
         loss = sum(self.weights[name] * (scale if name in IMITATION else 1) * term for name, term in terms.items())
         return {"loss": loss, "output": output, **terms}

@@ -1,4 +1,4 @@
-"""Reads what named modules put out while a model runs."""
+"""Records the outputs of named modules while a model runs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, whose module names are the plain ones."""
+    """The model inside DistributedDataParallel and torch.compile, whose module names have no prefix."""
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(cast(nn.Module, model._orig_mod)) if hasattr(model, "_orig_mod") else model
@@ -21,8 +21,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def tap(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Yields a dict that each forward pass fills with the outputs of the modules in `names`, gradients attached.
 
-    Names are those of the plain model, also when it is wrapped by DDP or torch.compile. A compiled model must be tapped
-    before its first call, because torch.compile ignores hooks that come later; the dict then stays empty.
+    Names are those of the model without wrappers, also when DDP or torch.compile wraps it. A compiled model must be
+    tapped before its first call, because torch.compile ignores hooks that are added later; the dict then stays empty.
 
     Raises:
         ValueError: a name that the model does not have; before any forward pass.
@@ -33,7 +33,7 @@ def tap(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         if name not in modules:
             raise ValueError(f"no module {name!r} to tap; near are {get_close_matches(name, modules, n=5)}")
     outputs: dict[str, Tensor] = {}
-    hooks = [modules[name].register_forward_hook(partial(_keep, outputs, name)) for name in names]
+    hooks = [modules[name].register_forward_hook(partial(_record, outputs, name)) for name in names]
     try:
         yield outputs
     finally:
@@ -41,5 +41,5 @@ def tap(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _keep(outputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+def _record(outputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
     outputs[name] = output

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+from riformer.model.checkpoint import read_file, shorten
+from riformer.model.description import read_description
 from riformer.model.gfnet import GFNet
+from riformer.model.keys import unwrap
 from riformer.model.metaformer import MetaFormer
-from riformer.model.weights import load, read_checkpoint
+from riformer.model.weights import load
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
     """The model that `reference` names, with its weights.
 
     - `timm:NAME` with timm's pretrained weights, `timm:NAME@FILE` with those in a checkpoint file
-    - `local-dir:FOLDER` or `hf-hub:OWNER/NAME`, as timm reads them
+    - `local-dir:FOLDER`, as timm writes them, or `hf-hub:OWNER/NAME`, as timm reads them
     - a run folder, a model folder, or a checkpoint file of an architecture that this package knows
 
     Args:
@@ -122,8 +125,9 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
     Raises:
         ValueError: nothing can be read there.
     """
-    if not reference.startswith(("timm:", "local-dir:", "hf-hub:")):
-        model, path = load(Path(reference)), Path(reference)
+    if not reference.startswith(("timm:", "hf-hub:")):
+        path = Path(reference.removeprefix("local-dir:"))
+        model = load(path)
         sized = tuple(model.pretrained_cfg["input_size"][-2:])
         if not img_size or sized == (img_size, img_size) or isinstance(model, MetaFormer | GFNet):
             return model  # those of this package resample in each pass what is bound to a grid
@@ -138,12 +142,10 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
         if img_size and takes(name, "img_size"):
             args["img_size"] = img_size
         if file and pretrained:
-            state = read_checkpoint(file)
-            classes = _num_classes(name, state)
-            args |= {**classes, "pretrained_cfg_overlay": {"state_dict": state, **classes}}
+            args |= _weights_of_file(name, file)
         model = timm.create_model(name, pretrained=pretrained, **args)
-    except (RuntimeError, OSError, ValueError) as error:  # unknown names, missing or unfit weights, no network
-        raise ValueError(f"{reference} cannot be opened: {error}") from error
+    except (RuntimeError, OSError, AssertionError, LookupError, TypeError) as error:  # of timm, the Hub or the system
+        raise ValueError(shorten(f"{reference}: {error}", 2000)) from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
 
@@ -153,6 +155,19 @@ def takes(name: str, argument: str, **args: Any) -> bool:
     with torch.device("meta"):
         classes = type(timm.create_model(name, **args)).__mro__
     return any(argument in signature(cls).parameters for cls in classes if issubclass(cls, nn.Module))
+
+
+def _weights_of_file(name: str, file: str) -> dict[str, Any]:
+    """Arguments with which `timm.create_model` builds the network with a file's weights and class names."""
+    read = read_file(file)
+    if read.config is not None and (said := read_description(read.config).name) != name.partition(".")[0]:
+        raise ValueError(f"{file} holds a {said}, not a {name}: give the file without timm:{name}@")
+    with torch.device("meta"):
+        keys = timm.create_model(name).state_dict().keys()
+    state = unwrap(read.state, keys.__contains__)
+    classes: dict[str, Any] = _num_classes(name, state)
+    names = {"label_names": read.label_names} if len(read.label_names or ()) == classes.get("num_classes") else {}
+    return {**classes, "pretrained_cfg_overlay": {"state_dict": state, **classes, **names}}
 
 
 def _num_classes(name: str, state: dict[str, Tensor]) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Throughput of networks on engines, interleaved in one process, each row beside its error and its limit.
+"""Throughput of networks on engines, measured in turns in one process, each row beside its error and its limit.
 
-In each round every competitor has a turn (A B C A B C ...): what else the machine does then hits all of them. With
-them take turns their own matrix products alone, and one large product, the device's peak. No speed is recorded without
-the error against the same weights in eager float32.
+In each round every competitor has a turn (A B C A B C ...), so that other load on the machine slows all of them. The
+network's matrix products alone, and the device's peak rate of products, take turns with them. Every speed is recorded
+with the error against the same weights in eager float32.
 """
 
 import ast
@@ -25,7 +25,7 @@ from riformer.export.engines import BACKENDS
 from riformer.measure.cost import count_macs, count_params
 from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.limit import product_peak, products_alone
-from riformer.model.fuse import deploy_form, mixing
+from riformer.model.fuse import deploy_form, remaining_mixers
 from riformer.model.weights import load
 from riformer.runtime.native import supported
 from riformer.runtime.optimize import DTYPES
@@ -48,11 +48,12 @@ class Competitor:
 
 
 def open_network(name: str, deploy: bool = True) -> nn.Module:
-    """A network in eval mode, in deploy form unless that is not wanted.
+    """A network in eval mode.
 
     Args:
-        name: a model of timm, with arguments as `riformer_s12:mixer=pooling,num_classes=10`; or a run folder, a model
-            folder or a weights file. A model by name gets random weights in which nothing is hidden (`randomised`).
+        name: a model of timm, with arguments as in `riformer_s12:mixer=pooling,num_classes=10`; or a run folder, a
+            model folder or a weights file. A model by name gets random weights (`randomised`).
+        deploy: whether it is brought to deploy form.
 
     Raises:
         ValueError: nothing of that name, or an argument that is not NAME=VALUE.
@@ -79,7 +80,7 @@ def open_network(name: str, deploy: bool = True) -> nn.Module:
 
 
 def randomised(model: nn.Module, seed: int = 0) -> Any:
-    """The model with every norm, affine, layer scale and bias far from its start, which would hide wrong algebra."""
+    """The model with norms, affines, layer scales and biases far from initial values, which can hide wrong algebra."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def randomised(model: nn.Module, seed: int = 0) -> Any:
 def competitors(
     models: Sequence[str], backends: Sequence[str], precisions: Sequence[str]
 ) -> tuple[list[Competitor], list[Competitor]]:
-    """Every combination that exists, and those that do not: a precision that an engine lacks, a form that is not there.
+    """The combinations that exist, and those that do not, because the engine lacks the precision or the network's form.
 
     Raises:
         ValueError: an unknown backend or precision, or nothing left to measure.
@@ -108,18 +109,18 @@ def competitors(
     for name, values, table in (("backend", backends, BACKENDS), ("precision", precisions, known)):
         if unknown := [value for value in values if value not in table]:
             raise ValueError(f"no {name} {unknown[0]!r}; known are {', '.join(table)}")
-    there: list[Competitor] = []
-    absent: list[Competitor] = []
+    existing: list[Competitor] = []
+    missing: list[Competitor] = []
     for model in models:
-        is_riformer = not mixing(open_network(model))
+        is_riformer = not remaining_mixers(open_network(model))
         for backend in backends:
             for precision in precisions:
                 entry = BACKENDS[backend]
                 exists = precision in entry.precisions and (is_riformer or not entry.riformer_only)
-                (there if exists else absent).append(Competitor(model, backend, precision))
-    if not there:
+                (existing if exists else missing).append(Competitor(model, backend, precision))
+    if not existing:
         raise ValueError(f"none of the backends {', '.join(backends)} has {', '.join(precisions)} for these models")
-    return there, absent
+    return existing, missing
 
 
 def bench(
@@ -133,21 +134,28 @@ def bench(
     memory: bool = True,
     status: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measures every group of image size, batch size and number of threads, each in one go; see `measure`.
+    """Measures every group of image size, batch size and number of threads; see `measure`.
 
     Args:
-        entries: what to compare, the one that ratios refer to first; `competitors` makes every combination.
-        file: JSON file to keep the results in after each group; groups that it holds are not measured again.
+        entries: the competitors, first the one that ratios refer to; `competitors` makes every combination.
+        batch_sizes: images at once.
+        img_sizes: height and width of the images, pixels.
+        threads: numbers of threads on a CPU.
+        file: JSON file in which the results are kept after each group; groups that it has are not measured again.
+        rounds: see `measure`, as for the others.
+        seconds: least duration of a turn.
+        memory: whether peak memory is measured.
+        status: is called with a line about what is being measured.
 
     Raises:
-        ValueError: the file holds another comparison.
+        ValueError: the file has another comparison.
     """
     settings = {"competitors": [asdict(e) for e in entries], "rounds": rounds, "seconds": seconds}
     result: dict[str, Any] = {"kind": "bench", **settings, "groups": []}
     if file and Path(file).exists():
         kept = json.loads(Path(file).read_text())
         if changed := [name for name, value in settings.items() if kept.get(name) != value]:
-            raise ValueError(f"{file} holds another comparison ({', '.join(changed)} differ); give another file")
+            raise ValueError(f"{file} has another comparison ({', '.join(changed)} differ); give another file")
         result = kept
     keys = ("img_size", "num_threads", "batch_size")
     done = [tuple(group[key] for key in keys) for group in result["groups"]]
@@ -156,14 +164,15 @@ def bench(
             continue
         named = dict(zip(keys, sizes, strict=True))
         where = ", ".join(f"{key} {value}" for key, value in named.items())
-        told = partial(_told, status, where)
-        result["groups"].append(measure(entries, **named, rounds=rounds, seconds=seconds, memory=memory, status=told))
+        prefixed = partial(_prefixed, status, where)
+        group = measure(entries, **named, rounds=rounds, seconds=seconds, memory=memory, status=prefixed)
+        result["groups"].append(group)
         if file:
             write_text(file, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _told(status: Callable[[str], None], where: str, text: str) -> None:
+def _prefixed(status: Callable[[str], None], where: str, text: str) -> None:
     status(f"{where}: {text}")
 
 
@@ -181,12 +190,16 @@ def measure(
     """All competitors at one batch size, image size and number of threads.
 
     Args:
-        seconds: how long a turn lasts at least.
-        memory: measure each one's peak as well; on a CPU that is a process of its own for each.
-        status: is told what is being done.
+        batch_size: images at once.
+        img_size: height and width of the images, pixels.
+        num_threads: threads on a CPU.
+        rounds: turns of each competitor.
+        seconds: least duration of a turn.
+        memory: whether each one's peak memory is measured; on a CPU each takes a process of its own.
+        status: is called with a line about what is being measured.
 
     Returns:
-        Rows in the order of `entries`, and the peaks, as JSON takes them; rates are images per second by round.
+        Rows in the order of `entries`, and the peaks, all of it JSON; rates are images per second by round.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = torch.get_num_threads()
@@ -202,7 +215,7 @@ def measure(
             status(f"building {entry}")
             network = networks[entry.model]
             runner, peak_mib = _with_peak(entry, network, images, num_threads, memory)
-            parity = compare(partial(_given, expected[entry.model]), runner, [images])
+            parity = compare(partial(_fixed_logits, expected[entry.model]), runner, [images])
             runners[str(entry)] = runner
             params = count_params(network)
             macs = count_macs(network, img_size)
@@ -214,40 +227,40 @@ def measure(
                 runners[f"products of {entry.model} {dtype}"] = products_alone(network, images, dtype)
         dtypes = dict.fromkeys(dtype for entry in entries if (dtype := _product_dtype(entry.precision)))
         peaks = {dtype: product_peak(dtype, device) for dtype in dtypes}
-        found: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+        peak_rates: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
         for dtype, peak in peaks.items():
             peak()  # warm-up
-            runners[f"peak {dtype}"] = partial(_note, found[dtype], peak)
+            runners[f"peak {dtype}"] = partial(_record_peak, peak_rates[dtype], peak)
         status(f"{len(entries)} competitors, {rounds} rounds")
         rates = images_per_s(runners, images, rounds, seconds)
     finally:
         torch.set_num_threads(before)
     first = rates[str(entries[0])]
     for row, entry in zip(rows, entries, strict=True):
-        own, dtype = rates[str(entry)], _product_dtype(entry.precision)
-        row["rates"] = own
-        row["images_per_s"] = asdict(Spread.of(own))
-        row["ratio"] = asdict(Spread.of([a / b for a, b in zip(own, first, strict=True)]))
+        values, dtype = rates[str(entry)], _product_dtype(entry.precision)
+        row["rates"] = values
+        row["images_per_s"] = asdict(Spread.of(values))
+        row["ratio"] = asdict(Spread.of([a / b for a, b in zip(values, first, strict=True)]))
         if dtype:
             alone = rates[f"products of {entry.model} {dtype}"]
-            row["of_products_alone"] = asdict(Spread.of([a / b for a, b in zip(own, alone, strict=True)]))
-            row["of_peak"] = row["images_per_s"]["median"] * row["macs"] / Spread.of(found[dtype]).median
+            row["of_products_alone"] = asdict(Spread.of([a / b for a, b in zip(values, alone, strict=True)]))
+            row["of_peak"] = row["images_per_s"]["median"] * row["macs"] / Spread.of(peak_rates[dtype]).median
     env = {**environment(1), "num_threads": num_threads, "instruction_sets": list(supported())}
     settings = {"batch_size": batch_size, "img_size": img_size, "num_threads": num_threads}
-    limits = {str(dtype).removeprefix("torch."): Spread.of(values).median for dtype, values in found.items()}
+    limits = {str(dtype).removeprefix("torch."): Spread.of(values).median for dtype, values in peak_rates.items()}
     return {"env": env, **settings, "rounds": rounds, "macs_per_s_peak": limits, "rows": rows}
 
 
-def _given(logits: Tensor, images: Tensor) -> Tensor:
+def _fixed_logits(logits: Tensor, images: Tensor) -> Tensor:
     return logits
 
 
-def _note(values: list[float], peak: Callable[[], float], images: Tensor) -> None:
+def _record_peak(values: list[float], peak: Callable[[], float], images: Tensor) -> None:
     values.append(peak())
 
 
 def _product_dtype(precision: str) -> torch.dtype | None:
-    """In which PyTorch's products are this precision's limit; None for int8, which has no such product here."""
+    """Type of the PyTorch products that are this precision's limit; None for int8, which has none here."""
     return DTYPES.get(precision)
 
 
@@ -257,22 +270,22 @@ def _with_peak(
     """The competitor's runner, warm, and its peak memory in MiB."""
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
     runner = BACKENDS[entry.backend].build(network, images, entry.precision)
     runner(images)
     if images.is_cuda:
-        return runner, (torch.cuda.max_memory_allocated() - held) / 2**20 if memory else None
+        return runner, (torch.cuda.max_memory_allocated() - before) / 2**20 if memory else None
     return runner, peak_mib(entry, images.shape, num_threads) if memory else None
 
 
 def peak_mib(entry: Competitor, shape: Sequence[int], num_threads: int) -> float:
-    """Memory in MiB that a competitor holds while it runs, above that of a process that has run a small network.
+    """Memory in MiB that a competitor needs while it runs, above that of a process that has run a small network.
 
-    Measured in a process of its own: after the runner was built, whatever building took has been given back to the
-    system, and the largest resident size of three runs is read. Linux.
+    Measured on Linux, in a process of its own: when the runner is built, freed memory is returned to the system, and
+    the largest resident size during three runs is read.
 
     Raises:
-        RuntimeError: the process ended without an answer.
+        RuntimeError: the process ended without a result.
     """
     spawn = get_context("spawn")
     receiving, sending = spawn.Pipe(duplex=False)
@@ -292,22 +305,22 @@ def _measure_peak(entry: Competitor, shape: tuple[int, ...], num_threads: int, s
     torch.set_num_threads(num_threads)
     images, small = torch.randn(shape), torch.randn(1, 3, 32, 32)
     build = BACKENDS[entry.backend].build
-    build(open_network("riformer_micro"), small, entry.precision)(small)  # imports all that building needs
+    build(open_network("riformer_micro"), small, entry.precision)(small)  # imports what building needs
     network = open_network(entry.model)
     weights = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20
-    _give_back()
+    _release_memory()
     before = _status_mib("VmRSS") - weights
     runner = build(network, images, entry.precision)
     del network
     runner(images)
-    _give_back()
+    _release_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for _ in range(3):
         runner(images)
     sending.send(_status_mib("VmHWM") - before)
 
 
-def _give_back() -> None:
+def _release_memory() -> None:
     """Returns freed memory to the system."""
     import ctypes
 

@@ -1,8 +1,8 @@
-"""What a network costs on paper: parameters, and multiply-accumulates of one image; and the GPU-hours of a training.
+"""Costs computed without measuring: parameters, multiply-accumulates of one image, and the GPU-hours of a training.
 
-Multiply-accumulates are counted as the published RIFormer numbers are (mmengine's and fvcore's rules): convolutions
-and matrix products by their multiplications, norms at 5 per element; biases, activations, pooling, residual adds, layer
-scales and affines at nothing.
+Multiply-accumulates are counted like the published RIFormer numbers (mmengine's and fvcore's rules): convolutions and
+matrix products count their multiplications, norms count 5 per element, and biases, activations, pooling, residual adds,
+layer scales and affines count nothing.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from riformer.config import Recipe
+from riformer.measure.quoted import IMAGES_PER_S
 from riformer.recipes import teacher_recipe
 
 aten = torch.ops.aten
-
-PUBLISHED_IMAGES_PER_S = {  # inference at 224 px on the authors' GPU
-    **{"riformer_s12": 4899.80, "riformer_s24": 2530.48, "riformer_s36": 1699.94},
-    **{"riformer_m36": 1185.33, "riformer_m48": 897.05},
-    **{"poolformer_s12": 4160.18, "poolformer_s24": 2140.20, "poolformer_s36": 1440.37},
-    **{"poolformer_m36": 1009.45, "poolformer_m48": 761.93},
-    "gfnet_h_b": 939.20,
-}
 
 
 def count_params(model: nn.Module) -> int:
@@ -42,10 +35,10 @@ def count_macs(model: nn.Module, img_size: int | Sequence[int] = 224) -> int:
 
 
 def count_macs_by_module(model: nn.Module, img_size: int | Sequence[int] = 224) -> dict[str, int]:
-    """Multiply-accumulates of one image, by the names of the modules that compute any; "" is the whole model.
+    """Multiply-accumulates of one image by module name, for the modules that have any; "" is the whole model.
 
-    From shapes alone: nothing is computed. The model may be on any device, the meta device included, and stays as it
-    is; it counts as in eval mode.
+    They follow from shapes alone: nothing is computed. The model may be on any device, also on the meta device. It is
+    counted in eval mode and is not changed.
 
     Args:
         model: takes [1, C, H, W].
@@ -55,9 +48,9 @@ def count_macs_by_module(model: nn.Module, img_size: int | Sequence[int] = 224) 
     shape = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(shape) == 2:
         shape = (getattr(model, "in_chans", 3), *shape)
-    own = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     like = next(model.parameters(), torch.empty(0))
-    model = deepcopy(model, own).eval()  # new modules around the same tensors: eval() must not reach the caller's
+    model = deepcopy(model, shared).eval()  # new modules with the same tensors: eval() must not change the caller's
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
         model(torch.empty(1, *shape, device=like.device, dtype=like.dtype))
@@ -68,12 +61,12 @@ def count_macs_by_module(model: nn.Module, img_size: int | Sequence[int] = 224) 
 
 
 def gpu_hours(recipe: Recipe, num_images: int = 1_281_167) -> float:
-    """GPU-hours of a training: an estimate on paper, for the GPU on which the paper measured throughputs.
+    """GPU-hours of a training, estimated for the GPU on which the RIFormer paper measured throughputs.
 
-    From published inference throughputs: an image goes forward through the student and every teacher, and backward
-    through the student at twice the cost of forward. Another image size, and GFNet-H-Ti and -S by the B's throughput,
-    scale by multiply-accumulates. Reading images, the optimiser and evaluation are left out, and a teacher named "own"
-    is counted with its own training. It says nothing of any other GPU: `study.dryrun` measures the one at hand.
+    It follows from published inference throughputs: an image goes forward through the student and every teacher, and
+    backward through the student at twice the cost of forward. Other image sizes scale by multiply-accumulates, and so
+    do GFNet-H-Ti and GFNet-H-S from the throughput of GFNet-H-B. Reading images, the optimiser and evaluation are left
+    out. A teacher named "own" is counted with its training. For other GPUs, measure with `measure.dryrun`.
 
     Raises:
         ValueError: the throughput of a network was never published.
@@ -93,7 +86,7 @@ def gpu_hours(recipe: Recipe, num_images: int = 1_281_167) -> float:
 
 
 def _name(recipe: Recipe) -> str:
-    """The name under which a throughput of the recipe's network would be published."""
+    """The name under which IMAGES_PER_S would have the recipe's network."""
     name, mixer = recipe.model.name, recipe.model.mixer
     if not name.startswith("riformer_") or mixer in ("affine", "identity"):
         return name
@@ -101,11 +94,11 @@ def _name(recipe: Recipe) -> str:
 
 
 def _published_seconds(name: str, img_size: int) -> float:
-    """Seconds in which an image passes forward through the network."""
+    """Seconds that an image takes forward through the network, from the published throughput."""
     measured = "gfnet_h_b" if name in ("gfnet_h_ti", "gfnet_h_s") else name
-    if measured not in PUBLISHED_IMAGES_PER_S:
-        raise ValueError(f"no throughput is published of {name!r}; known are {', '.join(PUBLISHED_IMAGES_PER_S)}")
-    seconds = 1 / PUBLISHED_IMAGES_PER_S[measured]
+    if measured not in IMAGES_PER_S:
+        raise ValueError(f"no throughput is published of {name!r}; known are {', '.join(IMAGES_PER_S)}")
+    seconds = 1 / IMAGES_PER_S[measured]
     if (name, img_size) == (measured, 224):
         return seconds
     with torch.device("meta"):
@@ -124,14 +117,14 @@ def _attention_flops(q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Se
 def _fft_flops(x: torch.Tensor, dim: Sequence[int], *args: Any, out_val: torch.Tensor, **kwargs: Any) -> int:
     """2.5 N log2(n) for a transform between real and complex, 5 N log2(n) between complex; n is one transform's length.
 
-    Choice: the textbook operation count of the radix-2 algorithm, as the published rules know no FFT.
+    Choice: the textbook operation count of the radix-2 algorithm, because the published rules have none for FFTs.
     """
     wide = out_val if x.is_complex() else x
     operations = 5.0 if x.is_complex() and out_val.is_complex() else 2.5
     return round(operations * wide.numel() * log2(prod(wide.shape[d] for d in dim)))
 
 
-_fft_flops._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not only their shapes
+_fft_flops._get_raw = True  # type: ignore[attr-defined]  # so that the counter passes tensors instead of shapes
 
 _NORMS = (
     aten.native_group_norm,

@@ -1,4 +1,4 @@
-"""Throughput of models, measured side by side."""
+"""Throughput of models that take turns."""
 
 import statistics
 import time
@@ -19,6 +19,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
+        """The spread of two values or more."""
         low, median, high = statistics.quantiles(values, n=4)
         return cls(median, low, high)
 
@@ -29,8 +30,8 @@ def images_per_s(
 ) -> dict[str, list[float]]:
     """Images per second of each model in each round; the models take turns (A B C A B C ...), after a warm-up.
 
-    A turn runs the batch as often as fills `seconds`, so that fast models are not lost in the clock's grain. Compare
-    models round by round: what else the machine does at the time then hits all of them alike.
+    A turn repeats the batch for about `seconds`, so that the clock's resolution does not matter for fast models.
+    Compare models round by round, because other load on the machine then slows all of them.
 
     Shape: images [N, 3, H, W], on the models' device.
     """

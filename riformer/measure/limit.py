@@ -1,4 +1,4 @@
-"""How fast a network could be: its matrix products alone, and the rate of products that the device reaches at all."""
+"""Limits of a network's speed: its matrix products alone, and the device's peak rate of products."""
 
 import time
 from collections.abc import Callable
@@ -40,14 +40,14 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@torch.inference_mode(False)  # in which products would not be taken apart far enough to be told
+@torch.inference_mode(False)  # in inference mode the dispatcher shows composite operators, not their products
 @torch.no_grad()
 def products_alone(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Callable[[Tensor], None]:
     """A callable that computes the network's convolutions and matrix products in eager mode, and nothing between them.
 
-    No norm, activation or residual add: what is left of a network when the rest costs nothing. Operands stay as the
-    example's forward pass left them, so the callable's own images do not matter. A fused runtime with better products
-    can be faster than this; the products' peak is the harder limit.
+    This is the time of a network whose norms, activations and residual adds cost nothing. The operands are those of the
+    example's forward pass, and the images given to the callable are ignored. A fused runtime with faster products can
+    beat this limit, but not the device's peak.
     """
     cast = deepcopy(model).eval().to(dtype).to(memory_format=torch.channels_last)
     with _Recorder() as recorder:
@@ -63,10 +63,10 @@ def products_alone(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Cal
 
 @torch.no_grad()
 def product_peak(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
-    """A callable that measures the most multiply-accumulates per second that there can be.
+    """A callable that measures the device's peak in multiply-accumulates per second.
 
-    On a CPU these are products of the processor's best instructions on operands that stay in the first-level cache, so
-    that memory takes no part; without them, and on a GPU, one large square product.
+    On a CPU it times products with the processor's best instructions on operands that stay in the first-level cache. On
+    a GPU, and where those instructions are not available, it times one large square product.
     """
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
     if device.type == "cpu" and precision:
@@ -76,7 +76,7 @@ def product_peak(dtype: torch.dtype, device: torch.device) -> Callable[[], float
             pass
         else:
             return lambda: _rate(partial(products_in_cache, precision, 100_000))
-    # Choice: 512 on a CPU, where one without bf16 instructions takes two seconds for a product of 1024
+    # Choice: 512 on a CPU, because without bf16 instructions a product of 1024 takes two seconds
     size, repeats = (8192, 10) if device.type == "cuda" else (512, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

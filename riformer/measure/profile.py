@@ -1,11 +1,11 @@
-"""Where a network's time goes: the paper's latency analysis, built up step by step and taken apart in place.
+"""Where a network's time goes: the paper's latency analysis, built up step by step, and measured in place.
 
-Built up: the network with only its embedding, downsampling and residual adds; then its norms put back, its token
-mixers, its MLPs, and the head. The paper's figure does this for a ViT-B, without pooling and head.
-Taken apart: the untouched network, with a clock before and behind every part of every block.
+Built up: the network with only its embedding, downsampling and residual adds; then with its norms, its token mixers,
+its MLPs and its head added one after another. The paper's figure does this for a ViT-B, without pooling and head.
+In place: the whole network, with a clock before and after every part of every block.
 
-Both, and the network without clocks, take turns in one run. What the clocks see must add up to what the network takes
-without them; where it does not within 5 %, the result says so.
+Both take turns in one run with the network without clocks. The parts measured in place must add up to the time of the
+network without clocks; the result says so where they differ by more than 5 %.
 """
 
 import re
@@ -14,44 +14,30 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from riformer.distill.imitation import block_names, family_of
+from riformer.distill.families import Family, block_names, family_of
 from riformer.measure.cost import count_macs_by_module
 from riformer.measure.latency import Spread
 
 TOLERANCE = 0.05
 
 
-class Parts(NamedTuple):
-    """Names inside a block, of norms, token mixer and MLP."""
-
-    norm: tuple[str, ...] = ("norm1", "norm2")
-    mixer: tuple[str, ...] = ("attn",)
-    mlp: tuple[str, ...] = ("mlp",)
-
-
-PARTS = {
-    "VisionTransformer": Parts(),  # DeiT too
-    "VisionTransformerDistilled": Parts(),
-    "MetaFormer": Parts(mixer=("token_mixer",)),  # ours; timm's PoolFormer, ConvFormer, CAFormer
-    "GFNet": Parts(mixer=("filter",)),
-    "ConvNeXt": Parts(norm=("norm",), mixer=("conv_dw",)),
-    "SwinTransformer": Parts(),  # cutting windows and putting them together is the block's own, among the rest
-}
 EMBEDDING = re.compile(r"stem|patch_embed(\.\d+)?|(stages|layers)\.\d+\.downsample")
 HEAD = re.compile(r"norm|fc_norm|head(\.\w+)?")
 KINDS = ("embedding", "norm", "token mixer", "MLP", "rest of the blocks", "head")
-"""Kinds of parts. The rest of a block is what it does beside its parts: residual adds, layer scales, layout."""
+"""Kinds of parts. The rest of a block is what it does outside its parts: residual adds, layer scales, layout."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A network with some of its parts: its time, and what the parts put back last add to it, in ms."""
+    """A network with some of its parts: its time, and what the parts added last contribute to it, in ms."""
 
     name: str
     latency_ms: Spread
@@ -71,7 +57,19 @@ class Module:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` finds. Times are of a batch, in ms; `sum_of_whole` is the parts' sum over the whole, by round."""
+    """Result of `profile`. Times are of a batch, in ms.
+
+    Attributes:
+        whole_ms: the network without clocks.
+        steps: the network built up.
+        modules: the parts in place.
+        hooked_ms: the network with clocks.
+        sum_of_whole: the sum of the parts divided by `whole_ms`, median over the rounds.
+        sum_ms: the sum of the parts.
+        adds_up: whether `sum_of_whole` is 1 within 5 %.
+        mixer_share_built_up: what token mixers add, as a share of the network without its head.
+        mixer_share_in_place: time of the token mixers as a share of `sum_ms`.
+    """
 
     whole_ms: Spread
     steps: list[Step]
@@ -117,24 +115,22 @@ def profile(model: nn.Module, images: Tensor, rounds: int = 15, seconds: float =
     """The latency analysis of a model in eval mode.
 
     Args:
-        model: of a class in PARTS; it stays as it was.
+        model: of a class in FAMILIES; it is not changed.
         images: [N, C, H, W], on the model's device and in its type.
         rounds: turns of each network.
-        seconds: how long a turn lasts at least.
+        seconds: least duration of a turn.
 
     Raises:
-        ValueError: the model's class is not known.
+        ValueError: the model's class is not in FAMILIES.
     """
-    parts = _parts_of(model)
+    family = family_of(model)
     model = deepcopy(model).eval()
-    names = _called(model, _kinds(model, parts), images)
-    timer: Callable[[nn.Module], Callable[[], float]] = lambda net: lambda: _seconds(net, images)  # noqa: E731
-    runs: dict[str, Callable[[], float]] = {"whole": timer(model)}
-    steps = _build_up(model, parts)
-    runs |= {name: timer(network) for name, network in steps.items()}
+    names = _called(model, _kinds(model, family), images)
+    steps = _build_up(model, family)
     clocked = deepcopy(model)
     clocks = _Clocks(clocked, names, images.is_cuda)
-    runs["hooked"] = timer(clocked)
+    networks = {"whole": model, **steps, "hooked": clocked}
+    runs = {name: partial(_seconds, network, images) for name, network in networks.items()}
     repeats = {}
     for name, run in runs.items():
         run()
@@ -145,7 +141,7 @@ def profile(model: nn.Module, images: Tensor, rounds: int = 15, seconds: float =
         for name, run in runs.items():
             clocks.clear()
             times[name].append(1e3 * sum(run() for _ in range(repeats[name])) / repeats[name])
-        for name, total in clocks.totals().items():  # the hooked network came last
+        for name, total in clocks.totals().items():  # "hooked" is the last of the runs
             in_place[name].append(1e3 * total / repeats["hooked"])
     spreads = {name: Spread.of(values) for name, values in times.items()}
     medians = {name: median(values) for name, values in in_place.items()}
@@ -153,35 +149,29 @@ def profile(model: nn.Module, images: Tensor, rounds: int = 15, seconds: float =
     sizes = clocks.num_bytes
     modules = []
     for name, kind in names.items():
-        if kind == "rest of the blocks":  # a block without what was measured inside it
+        if kind == "rest of the blocks":  # the block's own time, without its parts
             inside = [other for other in names if other.startswith(f"{name}.")]
             rest = macs.get(name, 0) - sum(macs.get(other, 0) for other in inside)
             modules.append(Module(name, kind, medians[name] - sum(medians[o] for o in inside), rest, sizes[name]))
         else:
             modules.append(Module(name, kind, medians[name], macs.get(name, 0), sizes[name]))
-    before, found = [0.0] * rounds, []
-    for name in steps:  # differences by round: the machine may change its pace between rounds
-        found.append(Step(name, spreads[name], median(a - b for a, b in zip(times[name], before, strict=True))))
+    before, built_up = [0.0] * rounds, []
+    for name in steps:  # differences by round, because the machine's speed may change between rounds
+        built_up.append(Step(name, spreads[name], median(a - b for a, b in zip(times[name], before, strict=True))))
         before = times[name]
     outermost = [in_place[name] for name in names if not any(name.startswith(f"{other}.") for other in names)]
     sums = [sum(values) for values in zip(*outermost, strict=True)]
     of_whole = median(a / b for a, b in zip(sums, times["whole"], strict=True))
-    return Profile(spreads["whole"], found, modules, spreads["hooked"], of_whole)
+    return Profile(spreads["whole"], built_up, modules, spreads["hooked"], of_whole)
 
 
-def _parts_of(model: nn.Module) -> Parts:
-    name = type(model).__name__
-    if name not in PARTS:
-        raise ValueError(
-            f"{name} cannot be taken apart; known are {', '.join(sorted(PARTS))}. To add it, give PARTS in "
-            f"riformer/measure/profile.py the names of norms, token mixer and MLP inside its blocks"
-        )
-    family_of(model)  # which knows its blocks
-    return PARTS[name]
+def _parts(family: Family) -> dict[str, tuple[str, ...]]:
+    """Module names inside a block by kind of part, in the order in which the network is built up."""
+    return {"norm": family.norms, "token mixer": (family.mixer,), "MLP": (family.mlp,)}
 
 
-def _kinds(model: nn.Module, parts: Parts) -> dict[str, str]:
-    """What each module that may get a clock is: parts of blocks, the blocks themselves, embedding and head."""
+def _kinds(model: nn.Module, family: Family) -> dict[str, str]:
+    """The kind of each module that may get a clock: parts of blocks, the blocks themselves, embedding and head."""
     kinds = {}
     blocks = [name for stage in block_names(model) for name in stage]
     for name, module in model.named_modules():
@@ -193,20 +183,23 @@ def _kinds(model: nn.Module, parts: Parts) -> dict[str, str]:
             kinds[name] = "head"
     for block in blocks:
         kinds[block] = "rest of the blocks"
-        for kind, inside in zip(("norm", "token mixer", "MLP"), parts, strict=True):
-            kinds |= {f"{block}.{part}": kind for part in inside}
+        for kind, names in _parts(family).items():
+            kinds |= {f"{block}.{name}": kind for name in names}
     return kinds
 
 
 def _called(model: nn.Module, kinds: dict[str, str], images: Tensor) -> dict[str, str]:
-    """Those that are called, but none inside another of its kind: some heads are called whole, some by their pieces."""
+    """Those that are called, without those inside another one of the same kind.
+
+    Some heads are called as a whole, others by their parts.
+    """
     called: list[str] = []
     hooks = [model.get_submodule(n).register_forward_hook(lambda *_, n=n: called.append(n)) for n in kinds]
     model(images)
     for hook in hooks:
         hook.remove()
-    found = {n: kind for n, kind in kinds.items() if n in called}
-    return {n: kind for n, kind in found.items() if found.get(n.rpartition(".")[0]) != kind}
+    kinds = {n: kind for n, kind in kinds.items() if n in called}
+    return {n: kind for n, kind in kinds.items() if kinds.get(n.rpartition(".")[0]) != kind}
 
 
 class _Body(nn.Module):
@@ -220,13 +213,14 @@ class _Body(nn.Module):
         return self.model.forward_features(images)
 
 
-def _build_up(model: nn.Module, parts: Parts) -> dict[str, nn.Module]:
-    """Networks with more and more of the parts; what is missing passes its input on."""
+def _build_up(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """Networks with more and more of the parts; a missing part returns its input."""
+    parts = list(_parts(family).values())
     steps: dict[str, nn.Module] = {}
-    for i, name in enumerate(("embedding", "norm", "token mixer", "MLP")):
+    for i, name in enumerate(("embedding", *_parts(family))):
         network = deepcopy(model)
         for block in (network.get_submodule(b) for stage in block_names(network) for b in stage):
-            for missing in (part for kind in parts[i:] for part in kind):
+            for missing in chain(*parts[i:]):
                 setattr(block, missing, _Pass())
         steps[name] = _Body(network)
     return {**steps, "head": model}
@@ -240,7 +234,7 @@ class _Pass(nn.Module):
 
 
 class _Clocks:
-    """A clock before and behind each of the named modules of a model."""
+    """A clock before and after each of the named modules of a model."""
 
     def __init__(self, model: nn.Module, names: dict[str, str], cuda: bool):
         self.cuda = cuda
@@ -249,8 +243,8 @@ class _Clocks:
         for name in names:
             module = model.get_submodule(name)
             module.register_forward_pre_hook(lambda *_, name=name: self.marks[name].append(self._now()))
-            own = names[name] != "rest of the blocks"  # the weights of a block are its parts'
-            module.register_forward_hook(lambda m, x, y, name=name, own=own: self._passed(name, m, own, x, y))
+            recurse = names[name] != "rest of the blocks"  # the weights of a block are counted with its parts
+            module.register_forward_hook(lambda m, x, y, name=name, recurse=recurse: self._end(name, m, recurse, x, y))
 
     def clear(self) -> None:
         self.marks.clear()
@@ -274,10 +268,10 @@ class _Clocks:
         event.record()
         return event
 
-    def _passed(self, name: str, module: nn.Module, all_weights: bool, inputs: Any, output: Any) -> None:
+    def _end(self, name: str, module: nn.Module, recurse: bool, inputs: Any, output: Any) -> None:
         self.marks[name].append(self._now())
         if name not in self.num_bytes:
-            tensors = [*module.parameters(all_weights), *(t for t in (*inputs, output) if isinstance(t, Tensor))]
+            tensors = [*module.parameters(recurse), *(t for t in (*inputs, output) if isinstance(t, Tensor))]
             self.num_bytes[name] = sum(t.numel() * t.element_size() for t in tensors)
 
 

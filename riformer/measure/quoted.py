@@ -1,8 +1,10 @@
-"""Published accuracies and throughputs, to stand beside what is measured here. Quoted, not reproduced.
+"""Published accuracies and throughputs, quoted and not reproduced here.
 
-Top-1 is on ImageNet-1k at 224 px. Images/s are the RIFormer paper's, on its authors' GPU: comparable among themselves.
+Top-1 is on ImageNet-1k at 224 px. Images/s are those of the RIFormer paper, on its authors' GPU, and can be compared
+with one another only.
 """
 
+import re
 from typing import NamedTuple
 
 
@@ -48,3 +50,10 @@ LADDER = {"mixer": 75.01, "identity": 72.31, "hard": 73.51, "soft": 74.05, "imit
 
 QUOTED = {key: Quoted(name, family, top1, rate, source) for key, name, (family, source), top1, rate in ROWS}
 """By the name under which `riformer bench` takes the network."""
+
+IMAGES_PER_S = {
+    re.sub(r"riformer(_\w+):mixer=pooling", r"poolformer\1", key): quoted.images_per_s
+    for key, quoted in QUOTED.items()
+    if quoted.images_per_s
+}
+"""Images/s of the networks whose throughput was published, by timm's name."""

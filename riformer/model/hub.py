@@ -1,13 +1,13 @@
-"""Models on the Hugging Face Hub: fetched from there, and pushed to it through timm."""
+"""Models on the Hugging Face Hub: fetched from there, and pushed to it as timm reads them."""
 
 import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from timm.models import push_to_hf_hub
 from torch import nn
 
-from riformer.model.weights import CARD, CONFIG, WEIGHTS, hub_config, load
+from riformer.model.checkpoint import shorten
+from riformer.model.weights import CARD, CONFIG, WEIGHTS, load
 
 _NAME = r"[\w.-]+/[\w.-]+"
 
@@ -18,8 +18,8 @@ def from_pretrained(reference: str | Path) -> nn.Module:
     From the Hub only configuration and safetensors are fetched, into its cache, and read as strictly as from a folder.
 
     Args:
-        reference: what `load` takes, or OWNER/NAME of a model on the Hub, with @REVISION after it where it is not to be
-            the newest. A folder of that name comes first; hf-hub:OWNER/NAME is the Hub in any case.
+        reference: what `load` takes, or OWNER/NAME of a model on the Hub, followed by @REVISION for another revision
+            than the newest. A folder of that name comes first; hf-hub:OWNER/NAME is always the Hub.
 
     Raises:
         ValueError: there is no such folder and no such model on the Hub, the Hub cannot be reached, or what is there
@@ -35,42 +35,40 @@ def from_pretrained(reference: str | Path) -> nn.Module:
         folder = HfApi().snapshot_download(match[1], revision=match[2], allow_patterns=[CONFIG, WEIGHTS])
     except Exception as error:  # of the Hub, of the client's HTTP library, or of the system
         raise ValueError(
-            f"reference is {text!r}, where no folder is, and the Hub gave no such model: {error}"
+            f"reference is {text!r}, where no folder is, and the Hub gave no such model: {shorten(str(error), 500)}\n"
+            f"Without a network, only models that were fetched before can be read"
         ) from error
     return load(folder)
 
 
 def push(folder: str | Path, repository: str, private: bool = False) -> None:
-    """Pushes a model folder to the Hub, through timm, which makes the repository where there is none.
-
-    The card comes after the model: timm by itself would write another one, and leave one that is there as it is.
+    """Pushes a model folder to the Hub, file by file as it is; the repository is created where there is none.
 
     Args:
         folder: as `save_pretrained` wrote it.
         repository: OWNER/NAME on the Hub.
-        private: makes the repository visible to its owner only, where it is new.
+        private: makes a new repository visible to its owner only.
 
     Raises:
         ValueError: `repository` is not OWNER/NAME, or the folder holds no model.
         RuntimeError: the Hub cannot be reached, or refuses; the folder is as it was.
     """
     check_repository(repository)
-    model, card = load(folder), Path(folder) / CARD
+    load(folder)
     try:
-        push_to_hf_hub(model, repository, private=private, safe_serialization=True, **hub_config(model))
-        if card.is_file():
-            HfApi().upload_file(
-                path_or_fileobj=card, path_in_repo=CARD, repo_id=repository, commit_message="Update model card"
-            )
+        HfApi().create_repo(repository, private=private, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, CARD], commit_message="Add model"
+        )
     except Exception as error:  # of the Hub, of the client's HTTP library, or of the system
         raise RuntimeError(
-            f"{folder} is as it was, but was not pushed to {repository}: {error}\nIt takes a network, and a token that "
-            f"may write there (`hf auth login`, or HF_TOKEN in the environment); then try again"
+            f"{folder} is as it was, but was not pushed to {repository}: {error}\nPushing takes a network and a token "
+            f"with write access (`hf auth login`, or HF_TOKEN in the environment)"
         ) from error
 
 
 def check_repository(name: str) -> None:
-    """Passes names that the Hub can have.
+    """Refuses names that the Hub cannot have.
 
     Raises:
         ValueError: the name is not OWNER/NAME.

@@ -6,6 +6,7 @@ norms, PoolFormer is `MetaFormer(mixer="pooling")`. There is one block class and
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import cast
 
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rate
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, jit, nn, ones
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from riformer.model.mixers import MIXERS
+from riformer.model.mixers import MIXERS, Identity, merge
+from riformer.model.plain import plain_copy
 
 
 class ConvEmbed(nn.Module):
@@ -43,6 +46,10 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.view(-1, 1, 1)
+
+    def fold_into(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the norm that equals this scale after `norm`."""
+        return norm.weight * self.scale, norm.bias * self.scale
 
 
 class Mlp(nn.Module):
@@ -88,10 +95,18 @@ class Block(nn.Module):
         return x + self.drop_path2(self.layer_scale2(self.mlp(self.norm2(x))))
 
     def fuse(self) -> "Block":
-        """This block in deploy form; see `riformer.model.fuse`. timm's reparameterize_model calls this by name."""
-        from riformer.model.fuse import fuse_block
+        """A new block, equal to this one in eval mode, with its mixer merged into norm1.
 
-        return fuse_block(self)
+        A mixer without `fold_into`, a real token mixer, stays. timm's reparameterize_model calls this method by name.
+
+        Raises:
+            ValueError: the block has hooks, or the merged norm does not compute what norm1 and mixer do.
+        """
+        fused = plain_copy(self)
+        if hasattr(fused.token_mixer, "fold_into"):
+            fused.norm1 = merge(fused.norm1, fused.token_mixer)
+            fused.token_mixer = Identity(fused.norm1.num_channels, grid=(0, 0)).train(self.training)
+        return fused
 
 
 class Stage(nn.Module):
@@ -112,20 +127,22 @@ class Stage(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, THEN average over the map, then the classifier (the official order; timm's PoolFormer pools first).
+    """Norm, average over the map, classifier: the official order. With `pool_first`, timm's: average, norm, classifier.
 
     Shape: [N, C, H, W] -> [N, num_classes].
     """
 
-    def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float):
+    def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, pool_first: bool):
         super().__init__()
+        self.pool_first = pool_first
         self.norm: nn.Module = nn.GroupNorm(1, dim)
         self.global_pool = build_pool(global_pool)
         self.drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.global_pool(self.norm(x)))
+        x = self.norm(self.global_pool(x)) if self.pool_first else self.global_pool(self.norm(x))
+        x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
 
@@ -139,6 +156,7 @@ class MetaFormer(nn.Module):
         in_chans: channels of the input image.
         num_classes: outputs of the classifier; 0 returns pooled features.
         global_pool: pooling in the head; "" keeps the map.
+        pool_first: pools before the head's norm, as a PoolFormer of timm does; the official networks pool after it.
         stem_patch: kernel of the first convolution, pixels.
         stem_stride: stride of the first convolution, pixels.
         down_patch: kernel of the convolutions between stages, tokens; their stride is 2.
@@ -152,7 +170,7 @@ class MetaFormer(nn.Module):
     Shape: [N, in_chans, H, W] -> [N, num_classes].
 
     Raises:
-        ValueError: unknown mixer, or depths, dims and mixers that do not agree in number.
+        ValueError: unknown mixer, sizes below 1, or depths, dims and mixers that do not agree in number.
     """
 
     def __init__(
@@ -163,6 +181,7 @@ class MetaFormer(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        pool_first: bool = False,
         stem_patch: int = 7,
         stem_stride: int = 4,
         down_patch: int = 3,
@@ -174,6 +193,10 @@ class MetaFormer(nn.Module):
         init_std: float = 0.02,
     ):
         super().__init__()
+        patches = {"stem_patch": [stem_patch], "stem_stride": [stem_stride], "down_patch": [down_patch]}
+        for argument, values in {"depths": depths, "dims": dims, **patches}.items():
+            if not all(isinstance(value, Integral) and value > 0 for value in values):
+                raise ValueError(f"{argument} is {values}; it must be whole numbers of 1 or more")
         names = [mixer] * len(depths) if isinstance(mixer, str) else list(mixer)
         if len(depths) != len(dims) or len(names) not in (len(depths), sum(depths)):
             raise ValueError(
@@ -207,7 +230,7 @@ class MetaFormer(nn.Module):
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.head = Head(dims[-1], num_classes, global_pool, drop_rate)
+        self.head = Head(dims[-1], num_classes, global_pool, drop_rate, pool_first)
         self.init_std = init_std
         self.apply(self._init_weights)
 
@@ -216,7 +239,9 @@ class MetaFormer(nn.Module):
     def mixers(self) -> list[str]:
         """The token mixer of each block, by its name in `MIXERS`, as the blocks are now: fusing changes it."""
         names: dict[type, str] = {mixer: name for name, mixer in MIXERS.items()}
-        return [names[type(block.token_mixer)] for stage in self.stages for block in cast(Stage, stage).blocks]
+        blocks = [block for stage in self.stages for block in cast(Stage, stage).blocks]
+        kinds = [type_before_parametrizations(block.token_mixer) for block in blocks]
+        return [names.get(kind, kind.__name__) for kind in kinds]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

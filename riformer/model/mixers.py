@@ -2,8 +2,10 @@
 
 Every mixer is built as `Mixer(dim, grid)`, where `grid` is the (height, width) of the token map, and maps
 [N, dim, height, width] to the same shape. A mixer that is linear and per channel can be merged into the norm in
-front of it: it then has a method `fold_into(norm) -> (weight, bias)`.
+front of it: it then has a method `fold_into(norm) -> (weight, bias)`, which `merge` checks.
 """
+
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,7 @@ class Identity(nn.Module):
 
 
 class Nothing(nn.Module):
-    """The branch deleted: an affine that stays at s = 1, t = 0. A control beside Identity, whose branch adds the norm.
+    """Returns zeros, so that the block is its MLP alone: an affine fixed at s = 1, t = 0. A control beside Identity.
 
     Shape: [N, C, H, W] -> zeros [N, C, H, W].
     """
@@ -58,7 +60,7 @@ class Nothing(nn.Module):
         super().__init__()
 
     def forward(self, y: Tensor) -> Tensor:
-        return 0 * y  # keeps the norm in the graph, as torchrun's processes want it
+        return 0 * y  # keeps the norm in the graph: DDP expects a gradient for every parameter
 
     def fold_into(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Weight and bias of the norm that equals this mixer after `norm`: zeros."""
@@ -166,7 +168,9 @@ class TokenMatrix(nn.Module):
 
 
 class RandomMatrix(TokenMatrix):
-    """A frozen random matrix, rows summing to one (the "random mixing" of MetaFormer Baselines).
+    """A frozen random matrix whose columns sum to one (the "random mixing" of MetaFormer Baselines).
+
+    Each output token is a weighted mean of all input tokens.
 
     Shape: [N, C, H, W] -> [N, C, H, W].
     """
@@ -192,6 +196,41 @@ class SeparableConv(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.pointwise2(self.depthwise(F.gelu(self.pointwise1(y))))
+
+
+@torch.no_grad()
+def merge(norm: nn.Module, mixer: nn.Module) -> nn.GroupNorm:
+    """The norm that equals `mixer` after `norm` in eval mode, compared with the two on random tokens.
+
+    Raises:
+        ValueError: `norm` is no GroupNorm with weight and bias, or the merged norm computes something else.
+    """
+    if not isinstance(norm, nn.GroupNorm) or norm.weight is None:
+        raise ValueError(f"norm1 is {norm}; only an nn.GroupNorm with weight and bias can take up a mixer")
+    merged = deepcopy(norm)
+    weight, bias = mixer.fold_into(norm)
+    merged.weight.copy_(weight)
+    merged.bias.copy_(bias)
+    if not merged.weight.is_meta:
+        tokens = torch.randn(2, norm.num_channels, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+        before, after, mixing = (deepcopy(module).cpu().double().eval() for module in (norm, merged, mixer))
+        normed = before(tokens)
+        check_equal(after(tokens), mixing(normed), norm.weight.dtype, type(mixer).__name__, normed.abs().max().item())
+    return merged
+
+
+def check_equal(actual: Tensor, expected: Tensor, dtype: torch.dtype, merged: str, scale: float = 0.0) -> None:
+    """Passes what differs by no more than rounding in `dtype`, relative to the largest value or `scale`.
+
+    Raises:
+        ValueError: a larger difference, or values that are not finite.
+    """
+    difference = (actual - expected).abs().max().item()
+    if not difference <= 16 * torch.finfo(dtype).eps * max(scale, expected.abs().max().item()):
+        raise ValueError(
+            f"{merged} cannot be merged: the result differs by {difference:.2g} where values are up to "
+            f"{expected.abs().max().item():.2g}; weights that are not finite, or a module that was changed, do that"
+        )
 
 
 MIXERS: dict[str, type[nn.Module]] = {

@@ -1,10 +1,13 @@
-"""Names and sizes, and their registration with timm: `timm.create_model("riformer_s12")`.
+"""The networks by name: their registration with timm (`timm.create_model("riformer_s12")`), and their recognition.
 
 Every riformer_* builds the training form; `mixer="identity"` builds the deploy form, `mixer="pooling"` PoolFormer with
 the official head, and any argument of `MetaFormer` may be given. gfnet_h_* are the paper's logit teachers.
 """
 
+import re
+from collections.abc import Mapping
 from contextlib import nullcontext
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -17,27 +20,21 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from torch import Tensor
 
 from riformer.model.gfnet import GFNet
+from riformer.model.keys import fit_state, is_gfnet, to_timm_keys, weightless_form
 from riformer.model.metaformer import MetaFormer
-from riformer.model.weights import fit_state
+from riformer.sizes import GFNETS, VARIANTS
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "riformer_s12": dict(depths=(2, 2, 6, 2), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
-    "riformer_s24": dict(depths=(4, 4, 12, 4), dims=(64, 128, 320, 512), layer_scale_init=1e-5),
-    "riformer_s36": dict(depths=(6, 6, 18, 6), dims=(64, 128, 320, 512), layer_scale_init=1e-6),
-    "riformer_m36": dict(depths=(6, 6, 18, 6), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
-    "riformer_m48": dict(depths=(8, 8, 24, 8), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
-    # Not the paper's: for images of about 16 and 32 pixels. Shallow networks need no small layer scales.
-    "riformer_micro": dict(depths=(1, 1), dims=(24, 48), stem_patch=2, stem_stride=2, layer_scale_init=1.0),
-    "riformer_mini": dict(depths=(2, 2, 2), dims=(32, 64, 128), stem_patch=4, stem_stride=4, layer_scale_init=1.0),
+CHECKPOINT_FORMS: dict[str, dict[str, Any]] = {
+    "training": {},
+    "deploy": {"mixer": "identity"},
+    "poolformer": {"mixer": "pooling"},
+    "timm-poolformer": {"mixer": "pooling", "pool_first": True},
+    "deleted": {"mixer": "nothing"},
 }
-
-GFNETS: dict[str, dict[str, Any]] = {
-    "gfnet_h_ti": dict(depths=(3, 3, 10, 3), dims=(64, 128, 256, 512), layer_scale_init=1e-3),
-    "gfnet_h_s": dict(depths=(3, 3, 10, 3), dims=(96, 192, 384, 768), layer_scale_init=1e-5),
-    "gfnet_h_b": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768), layer_scale_init=1e-6),
-}
+"""The arguments of the networks that a checkpoint can hold; all but the first have the same keys."""
 
 # The authors' checkpoints (mmpretrain's model zoo), training form, 600 epochs: 224 px, and 30 more epochs at 384 px.
 _ZOO = "https://download.openmmlab.com/mmclassification/v1/riformer/riformer-"
@@ -74,7 +71,7 @@ default_cfgs = generate_default_cfgs(
         for tag, img_size, file in zip(("mmpretrain_in1k", "mmpretrain_in1k_384"), (224, 384), files, strict=True)
     }
     | {"riformer_micro": _cfg(16, 4, 1.0), "riformer_mini": _cfg(32, 16, 1.0)}
-    # Their files lie where only a browser gets them: fetch one by hand and load it, see docs/teachers.md.
+    # Their files can only be downloaded in a browser: see docs/teachers.md.
     | {
         name: {
             **_cfg(224, 32, 0.875),
@@ -91,13 +88,13 @@ default_cfgs = generate_default_cfgs(
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    # The size asked for is the size that the model is for; a saved model's notes stay as they are.
+    # img_size is also the size to preprocess for; the description of a saved model stays as it is.
     is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
     if "img_size" in kwargs and not is_saved:
         overlay.setdefault("input_size", (kwargs.get("in_chans", 3), *to_2tuple(kwargs["img_size"])))
-    noted = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+    config = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
     sizes = GFNETS[name] if name in GFNETS else VARIANTS[name]
-    args = {**sizes, "img_size": noted.input_size[-2:], **kwargs}
+    args = {**sizes, "img_size": config.input_size[-2:], **kwargs}
     out_indices = args.pop("out_indices", tuple(range(len(args["depths"]))))
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
@@ -160,3 +157,77 @@ def gfnet_h_s(pretrained: bool = False, **kwargs: Any) -> GFNet:
 @register_model
 def gfnet_h_b(pretrained: bool = False, **kwargs: Any) -> GFNet:
     return _create("gfnet_h_b", pretrained, **kwargs)
+
+
+def identify(state: Mapping[str, Tensor], form: str = "") -> tuple[str, dict[str, Any]]:
+    """timm's model name and the arguments that differ from its defaults, by a state dict's keys and shapes.
+
+    Args:
+        state: keys in any layout that `riformer.model.keys` understands, wrapped or not.
+        form: a name from `CHECKPOINT_FORMS`; needed where the keys are those of several networks.
+
+    Raises:
+        ValueError: keys of no known layout, sizes of no variant, mixers whose weights are of an unknown kind, an
+            unknown form, or one that contradicts the keys; or the keys are those of several networks and no form says
+            which it is.
+    """
+    renamed, gfnet = to_timm_keys(state), is_gfnet(state)
+    block, variants = ("blocks.{}.{}.", GFNETS) if gfnet else ("stages.{}.blocks.{}.", VARIANTS)
+    pattern = re.escape(block).replace(r"\{\}", r"(\d+)")
+    blocks = {match.groups() for key in renamed if (match := re.match(pattern, key))}
+    if not blocks:
+        raise ValueError(
+            f"unknown key layout: {', '.join(sorted(state)[:5])}, ...; known are those of timm, mmpretrain and the "
+            f"authors for RIFormer, PoolFormer and GFNet-H, with or without a prefix that all keys share"
+        )
+    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(len({stage for stage, _ in blocks})))
+    dims = tuple(_numel(renamed, block.format(i, 0) + "norm2.weight") for i in range(len(depths)))
+    sizes = {name: (size["depths"], size["dims"]) for name, size in variants.items()}
+    name = next((name for name, size in sizes.items() if size == (depths, dims)), None)
+    if name is None:
+        raise ValueError(
+            f"no variant has depths {depths} and dims {dims}, which is what keys like {sorted(state)[:3]} say; "
+            f"known are {sizes}"
+        )
+    if gfnet:
+        height = len(renamed["blocks.0.0.filter.complex_weight"])
+        args: dict[str, Any] = {"img_size": (4 * height, 4 * _numel(renamed, "pos_embed") // (dims[0] * height))}
+        args = {} if args["img_size"] == (224, 224) else args
+    else:
+        args = dict(CHECKPOINT_FORMS[_form(state, renamed, form)])
+        if not any("layer_scale" in key for key in renamed):
+            args["layer_scale_init"] = 0
+    stem = renamed.get("patch_embed.0.proj.weight" if gfnet else "stem.conv.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
+        args["in_chans"] = stem.shape[1]
+    if (num_classes := _numel(renamed, "head.bias" if gfnet else "head.fc.bias")) != 1000:
+        args["num_classes"] = num_classes
+    return name, args
+
+
+def _form(state: Mapping[str, Tensor], renamed: Mapping[str, Tensor], form: str) -> str:
+    """The form that the keys show, or else the one that is given."""
+    if form and form not in CHECKPOINT_FORMS:
+        near = get_close_matches(form, CHECKPOINT_FORMS) or list(CHECKPOINT_FORMS)
+        raise ValueError(f"form is {form!r}; did you mean one of {near}?")
+    mixer_keys = {key.split("token_mixer.")[1] for key in renamed if "token_mixer." in key}
+    if mixer_keys and mixer_keys != {"weight", "bias"}:
+        raise ValueError(
+            f"mixer weights named {sorted(mixer_keys)[:5]} belong to no mixer that checkpoints are read for"
+        )
+    shown = "training" if mixer_keys else weightless_form(state)
+    possible = [shown] if shown else [name for name in CHECKPOINT_FORMS if name != "training"]
+    if form and form not in possible:
+        raise ValueError(f"form is {form!r}, but the keys are those of {' or '.join(possible)}")
+    if not form and not shown:
+        raise ValueError(
+            f"no mixer has weights, and keys like {sorted(state)[0]} are those of several networks: say which it is "
+            f"with form, one of {possible} (deploy: a fused RIFormer or an identity MetaFormer; poolformer: norm, then "
+            f"average in the head; timm-poolformer: average, then norm, as timm trains it; deleted: blocks without the "
+            f"branch of the mixer). `riformer convert FILE NEW.safetensors --form FORM` writes a file that needs none"
+        )
+    return form or shown
+
+
+def _numel(state: Mapping[str, Tensor], key: str) -> int:
+    return state[key].numel() if key in state else 0

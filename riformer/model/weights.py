@@ -1,175 +1,45 @@
-"""Weights in and out: key maps of other projects, strict loading, safetensors, the start from a teacher.
+"""Weights in and out: strict loading, files and folders of this package's own, the start from other weights.
 
-The state dict has timm's keys (`stem.conv`, `stages.i.blocks.j.*`, `head.*`), that of a GFNet its authors'. Read are
-mmpretrain's RIFormer (training and deploy form) and PoolFormer, the PoolFormer and the GFNet-H of their authors, timm's
-PoolFormer, and what this module wrote.
+What is saved says itself what it is, and has a checksum that every load compares.
 """
 
-import json
-import re
+import logging
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from timm.models._hub import _parse_model_cfg, save_config_for_hf
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from riformer.atomic import replace_file, replace_folder
-from riformer.model.gfnet import resample_state
-from riformer.model.metaformer import MetaFormer
+from riformer.atomic import recover, replace_file, replace_folder
+from riformer.model.checkpoint import CONFIG_KEY, Checkpoint, checksums, read_file, shorten, text_sum
+from riformer.model.checkpoint import read_checkpoint as read_checkpoint
+from riformer.model.description import MAX_CHARACTERS, Description, check_size, config_text, read_description
+from riformer.model.keys import fit_state, to_timm_keys
+from riformer.model.metaformer import LayerScale
+from riformer.model.mixers import Affine, Identity
+from riformer.model.variants import identify
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the Hub's file names, which timm expects
-
-_KEY_RULES: list[tuple[str, Any]] = [  # pattern, replacement (a string or a function of the match)
-    (r"^backbone\.", ""),
-    (r"^patch_embed\.proj\.", "stem.conv."),
-    (r"^network\.([135])\.proj\.", lambda m: f"stages.{(int(m[1]) + 1) // 2}.downsample.conv."),
-    (r"^network\.([0246])\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}.blocks.{m[2]}."),
-    (r"\.norm_reparam\.", ".norm1."),
-    (r"\.token_mixer\.affine\.", ".token_mixer."),
-    (r"\.layer_scale_([12])$", r".layer_scale\1.scale"),
-    (r"^norm6?\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-
-
-def to_timm_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under timm's keys, from any of the layouts that this module reads.
-
-    GFNet's keys stay the authors'.
-
-    Shape: mmpretrain's affine weights [C, 1, 1, 1] become [C]; all others stay.
-
-    Raises:
-        ValueError: two keys would get one name.
-    """
-    if _is_gfnet(state):
-        return dict(state)
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        key = name
-        for pattern, replacement in _KEY_RULES:
-            key = re.sub(pattern, replacement, key)
-        is_affine = key.endswith("token_mixer.weight") and tensor.shape[1:] == (1, 1, 1)
-        if key in renamed:
-            raise ValueError(f"{name!r} and an earlier key of the checkpoint both mean {key!r}")
-        renamed[key] = tensor.flatten() if is_affine else tensor
-    return renamed
-
-
-def _is_gfnet(state: Mapping[str, Tensor]) -> bool:
-    return any(key.endswith(".filter.complex_weight") for key in state)
-
-
-def fit_state(file: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint gives `model`: keys of a MetaFormer renamed, filters and GFNet's positions on its grid."""
-    for name in ("state_dict", "model"):
-        file = file.get(name, file)
-    return resample_state(to_timm_keys(file) if isinstance(model, MetaFormer) else file, model)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` file or a PyTorch checkpoint, keys as they are in the file.
-
-    PyTorch files are read with `weights_only=True`. Foreign Python objects beside the tensors (training logs and the
-    like) are replaced by inert placeholders: nothing in the file is imported or executed. Files from before PyTorch 1.6
-    (no zip archives) are read only if they hold no foreign objects.
-
-    Raises:
-        ValueError: the file is missing, is no checkpoint, or holds no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in _foreign_globals(path)]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can make the readers raise almost anything
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {error}") from error
-    for name in ("state_dict", "model"):
-        content = content.get(name, content) if isinstance(content, dict) else content
-    entries = content.items() if isinstance(content, dict) else ()
-    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        raise ValueError(f"{path} holds no state dict (looked for 'state_dict', 'model' and a plain dict of tensors)")
-    return dict(entries)
-
-
-class _Inert:
-    """Stands in for every foreign class of a checkpoint; takes anything and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _foreign_globals(path: Path) -> list[str]:
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # a file of the time before zip archives: torch.load then refuses every foreign class
-        return []
-
-
-def identify(state: Mapping[str, Tensor]) -> tuple[str, dict]:
-    """timm's model name and the arguments that differ from its defaults, told from a checkpoint's keys and shapes.
-
-    A checkpoint without mixer weights is a deploy form if it has mmpretrain's `norm_reparam`, otherwise a PoolFormer.
-
-    Raises:
-        ValueError: the sizes are those of no variant, or the mixers have weights of an unknown kind.
-    """
-    from riformer.model.variants import GFNETS, VARIANTS  # which imports this module's key map
-
-    renamed, is_gfnet = to_timm_keys(state), _is_gfnet(state)
-    block, variants = ("blocks.{}.{}.", GFNETS) if is_gfnet else ("stages.{}.blocks.{}.", VARIANTS)
-    pattern = re.escape(block).replace(r"\{\}", r"(\d+)")
-    blocks = {m.groups() for key in renamed if (m := re.match(pattern, key))}
-    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(len({stage for stage, _ in blocks})))
-    dims = tuple(_numel(renamed, block.format(i, 0) + "norm2.weight") for i in range(len(depths)))
-    sizes = {name: (size["depths"], size["dims"]) for name, size in variants.items()}
-    if (depths, dims) not in sizes.values():
-        raise ValueError(
-            f"no variant has depths {depths} and dims {dims}, which is what keys like {sorted(state)[:3]} say; "
-            f"known are {sizes}"
-        )
-    name = next(name for name, size in sizes.items() if size == (depths, dims))
-
-    mixer_keys = {key.split("token_mixer.")[1] for key in renamed if "token_mixer." in key}
-    args: dict[str, Any] = {}
-    if is_gfnet:
-        height = len(renamed["blocks.0.0.filter.complex_weight"])
-        args = {"img_size": (4 * height, 4 * _numel(renamed, "pos_embed") // (dims[0] * height))}
-        args = {} if args["img_size"] == (224, 224) else args
-    elif not mixer_keys:
-        args = {"mixer": "identity" if any(".norm_reparam." in key for key in state) else "pooling"}
-    elif mixer_keys != {"weight", "bias"}:
-        raise ValueError(f"mixer weights named {sorted(mixer_keys)} belong to no mixer that checkpoints are read for")
-    if not is_gfnet and not any("layer_scale" in key for key in renamed):
-        args["layer_scale_init"] = 0
-    stem = renamed.get("patch_embed.0.proj.weight" if is_gfnet else "stem.conv.weight")
-    if stem is not None and stem.ndim == 4 and stem.shape[1] != 3:
-        args["in_chans"] = stem.shape[1]
-    if (num_classes := _numel(renamed, "head.bias" if is_gfnet else "head.fc.bias")) != 1000:
-        args["num_classes"] = num_classes
-    return name, args
-
-
-def _numel(state: Mapping[str, Tensor], key: str) -> int:
-    return state[key].numel() if key in state else 0
+MAX_DIFFERENCES = 200  # named in one message
+logger = logging.getLogger(__name__)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
     """Loads every tensor or none.
+
+    Raises:
+        ValueError: keys or shapes differ; the message names each.
+    """
+    check_fit(model, state, source)
+    model.load_state_dict(state)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Compares keys and shapes; the model may be on the meta device.
 
     Raises:
         ValueError: keys or shapes differ; the message names each.
@@ -182,42 +52,96 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str = "ch
     ]
     differences += [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
     differences += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
+    if len(differences) > MAX_DIFFERENCES:
+        differences[MAX_DIFFERENCES:] = [f"and {len(differences) - MAX_DIFFERENCES} more"]
     if differences:
-        named = "\n  ".join(differences)
-        raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {named}")
-    model.load_state_dict(state)
+        listed = "\n  ".join(differences)
+        raise ValueError(shorten(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {listed}"))
 
 
-def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor]) -> None:
+def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor] | nn.Module) -> None:
     """Gives the student every tensor of its module teacher but the mixers' (the paper's weight initialisation).
 
-    The student's own mixers keep their fresh values, and so does a classifier for another number of classes.
+    The student's own mixers keep their fresh values, and so does a classifier for another number of classes. Where the
+    teacher is given as a model, affines of the student take the value of its identity mixers, s = 2 and t = 0.
+
+    Args:
+        student: any network of this package.
+        teacher_state: the teacher's state dict, or the teacher.
 
     Raises:
         ValueError: anything else differs between the two.
     """
     mixers = {key: tensor for key, tensor in student.state_dict().items() if ".token_mixer." in key}
-    taken = {key: tensor for key, tensor in fit_state(teacher_state, student).items() if ".token_mixer." not in key}
+    added = _training_form(teacher_state, student) if isinstance(teacher_state, nn.Module) else {}
+    taken = {key: value for key, value in _state_of(teacher_state, student).items() if ".token_mixer." not in key}
     source = "module teacher, from whose weights the student is to start,"
-    load_strict(student, {**taken, **_other_classifier(student, taken), **mixers}, source)
+    load_strict(student, {**mixers, **added, **taken, **_other_classifier(student, taken)}, source)
 
 
-def start_at(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def start_at(model: nn.Module, start: Mapping[str, Tensor] | nn.Module, source: str) -> None:
     """Gives the model the weights that training is to start from: global filters and GFNet's positions resampled.
 
-    A classifier for another number of classes keeps its fresh values.
+    A classifier for another number of classes keeps its fresh values. A start in deploy form, given as a model, fits a
+    model in training form: an identity mixer is the affine s = 2, t = 0, and no layer scale is the scale 1. A start
+    that computes something else than the model with its weights is reported by a warning.
+
+    Args:
+        model: the model to train.
+        start: a state dict, or the model that has the weights.
+        source: what messages call the start.
 
     Raises:
         ValueError: anything else differs.
     """
-    state = fit_state(state, model)
-    load_strict(model, {**state, **_other_classifier(model, state)}, source)
+    state = _state_of(start, model)
+    if isinstance(start, nn.Module):
+        state = {**_training_form(start, model), **state}
+    other = _other_classifier(model, state)
+    load_strict(model, {**state, **other}, source)
+    if isinstance(start, nn.Module) and not other:
+        _warn_of_another_function(model, start, source)
+
+
+def _state_of(given: Mapping[str, Tensor] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    return fit_state(given.state_dict() if isinstance(given, nn.Module) else given, model)
+
+
+def _training_form(start: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """What the training form `model` has and the deploy form `start` lacks, with values that compute the same."""
+    added: dict[str, Tensor] = {}
+    modules = dict(start.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, Affine) and isinstance(modules.get(name), Identity):
+            added[f"{name}.weight"] = torch.full_like(module.weight, 2)
+            added[f"{name}.bias"] = torch.zeros_like(module.bias)
+        elif isinstance(module, LayerScale) and isinstance(modules.get(name), nn.Identity):
+            added[f"{name}.scale"] = torch.ones_like(module.scale)
+    return added
+
+
+@torch.no_grad()
+def _warn_of_another_function(model: nn.Module, start: nn.Module, source: str) -> None:
+    """Says by a warning when two models differ that should compute the same."""
+    outputs = []
+    image = torch.randn(1, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    for network in (model, start):
+        training = {module: module.training for module in network.modules()}
+        outputs.append(network.eval()(image.to(next(network.parameters()))).cpu().double())
+        for module, mode in training.items():
+            module.training = mode
+    difference = ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max().clamp_min(1e-12)).item()
+    if not difference <= 1e-3:
+        logger.warning(
+            "%s computes another function than the model that starts from its weights: logits differ by %.0f %% of the "
+            "largest (a timm PoolFormer averages before the head's norm: pool_first=True)", source, 100 * difference
+        )  # fmt: skip
 
 
 def _other_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's own classifier, where the one in `state` is for another number of classes."""
-    named = model.pretrained_cfg["classifier"]
-    heads = (named,) if isinstance(named, str) else named
+    classifier = model.pretrained_cfg["classifier"]
+    heads = (classifier,) if isinstance(classifier, str) else classifier
     own = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] in heads}
     return {key: tensor for key, tensor in own.items() if key in state and state[key].shape != tensor.shape}
 
@@ -225,26 +149,26 @@ def _other_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
 def save(model: nn.Module, path: str | Path) -> Path:
     """Writes weights, architecture, preprocessing and class names, to a `.safetensors` file or to a folder.
 
-    A folder is written by `save_pretrained`. A file that was there is replaced, at once and whole.
+    A folder is written by `save_pretrained`. An existing file is replaced, at once and whole.
 
     Raises:
-        ValueError: the model was not built by `timm.create_model`, which notes name and arguments on it, or is wrapped;
-            or `path` is a folder with other things in it, or a file of another kind.
+        ValueError: the model was not built by `timm.create_model`, which records name and arguments on it, or is
+            wrapped; or `path` is a folder with other things in it, or a file of another kind.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         return save_pretrained(model, path)
-    config, tensors = _contents(model)
+    config, tensors = config_text(model), _tensors(model)
     with replace_file(path) as beside:
-        save_file(tensors, beside, metadata={"riformer": config})
+        _write(tensors, beside, {CONFIG_KEY: config, **checksums(tensors, config)})
     return path
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, card: str = "") -> Path:
     """Writes weights, architecture, preprocessing and class names to a folder in the Hub's layout; returns its path.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it too. A model folder that was there is replaced, at
-    once and whole, its card included.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it too. An existing model folder is replaced, at once
+    and whole, its card included.
 
     Args:
         model: in any form, built by `timm.create_model`.
@@ -256,106 +180,161 @@ def save_pretrained(model: nn.Module, folder: str | Path, card: str = "") -> Pat
             is named like a file.
     """
     folder = Path(folder)
-    config, tensors = _contents(model)
+    config, tensors = config_text(model), _tensors(model)
     if folder.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
         raise ValueError(f"{folder}: weights are written as .safetensors by save, or into a folder")
     if folder.is_file() or (folder.is_dir() and _others(folder)):
         raise ValueError(f"{folder} exists and is no model folder: save would replace it with all its content")
     with replace_folder(folder) as beside:
         (beside / CONFIG).write_text(config, encoding="utf-8")
-        save_file(tensors, beside / WEIGHTS)
+        _write(tensors, beside / WEIGHTS, checksums(tensors, config))
         if card:
             (beside / CARD).write_text(card, encoding="utf-8")
     return folder
 
 
 def _others(folder: Path) -> list[str]:
-    """What a save would lose: a README.md without a model, a .git, all that is neither ours nor hidden."""
-    ours = {CONFIG, WEIGHTS, CARD} if (folder / CONFIG).is_file() else {CONFIG, WEIGHTS}
-    names = {file.name for file in folder.iterdir()} - ours
+    """What a save would delete: a README.md without a model, a .git, every other file that is not hidden."""
+    written = {CONFIG, WEIGHTS, CARD} if (folder / CONFIG).is_file() else {CONFIG, WEIGHTS}
+    names = {file.name for file in folder.iterdir()} - written
     return [name for name in names if name == ".git" or not name.startswith(".")]
 
 
-def _contents(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """The text of config.json, and the tensors.
-
-    Raises:
-        ValueError: the model was not built by `timm.create_model`, or is wrapped.
-    """
-    if not hasattr(model, "pretrained_cfg") or hasattr(model, "_orig_mod"):
-        raise ValueError(
-            f"save takes a model built by timm.create_model, not {type(model).__name__}: unwrap it first "
-            f"(.module of DDP and EMA, ._orig_mod of torch.compile)"
-        )
-    with TemporaryDirectory() as folder:
-        save_config_for_hf(model, f"{folder}/{CONFIG}", **hub_config(model))
-        config = (Path(folder) / CONFIG).read_text(encoding="utf-8")
-    return config, {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: contiguous, and no memory shared."""
+    tensors, seen = {}, set()
+    for key, tensor in model.state_dict().items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+    return tensors
 
 
-def hub_config(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What timm's functions for the Hub have to be told of a model: its class names and its form."""
-    args: dict[str, Any] = {}
-    if isinstance(model, MetaFormer):  # fuse and fold change the form that timm noted when it built the model
-        args["mixer"] = model.mixers[0] if len(set(model.mixers)) == 1 else model.mixers
-        if isinstance(model.get_submodule("stages.0.blocks.0.layer_scale1"), nn.Identity):
-            args["layer_scale_init"] = 0
-    return {"model_config": {"label_names": model.pretrained_cfg.get("label_names")}, "model_args": args}
+def _write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file with the permissions of any other new file; safetensors gives it to its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, form: str = "", use_ema: bool = True, verify: bool = True) -> nn.Module:
     """The model in a run folder (its best), a folder or file written by `save`, or a foreign checkpoint; in eval mode.
 
     Choice: nothing is lost, so float64 weights give a float64 model; half precision is widened to float32.
 
+    Args:
+        path: the folder or file.
+        form: what a checkpoint that does not say it holds: "deploy", "poolformer", "timm-poolformer" or "deleted",
+            which have the same keys.
+        use_ema: False takes the plain weights of a checkpoint that also has EMA weights.
+        verify: False reads what differs from the checksum that it was written with, such as an edited config.json.
+
     Raises:
-        ValueError: nothing there can be read, or it does not fit the architecture that it names.
+        ValueError: nothing there can be read, it is damaged, does not fit the architecture that it names, or may be
+            several networks.
     """
-    return _load(Path(path))
+    return _load(Path(path), None, form, use_ema, verify)
 
 
-def convert(source: str | Path, destination: str | Path, model_name: str | None = None) -> Path:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    model_name: str | None = None,
+    form: str = "",
+    use_ema: bool = True,
+    verify: bool = True,
+) -> Path:
     """Reads any checkpoint that `load` reads and writes it with `save`; weights keep `load`'s precision.
 
     Args:
         source: the checkpoint.
         destination: a `.safetensors` file or a folder, as for `save`.
-        model_name: the architecture it has to be; otherwise told from its keys and shapes, as the form is in any case.
+        model_name: the architecture it has to be; otherwise recognised by its keys and shapes.
+        form: as for `load`.
+        use_ema: as for `load`.
+        verify: as for `load`.
 
     Raises:
         ValueError: the source cannot be read or does not fit; nothing is written then.
     """
-    return save(_load(Path(source), model_name), destination)
+    return save(_load(Path(source), model_name, form, use_ema, verify), destination)
 
 
-def _load(path: Path, model_name: str | None = None) -> nn.Module:
-    if (path / "best").is_dir():
-        path = path / "best"
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {CONFIG}")
-        state, noted = read_checkpoint(path / WEIGHTS), (path / CONFIG).read_text(encoding="utf-8")
-    else:
-        state, noted = read_checkpoint(path), None
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                noted = (file.metadata() or {}).get("riformer")
-    if noted is not None:
-        try:
-            pretrained_cfg, name, args = _parse_model_cfg(json.loads(noted), {})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} describes no model: {error!r}") from error
-        args.setdefault("num_classes", pretrained_cfg.get("num_classes"))
-    else:
-        (name, args), state, pretrained_cfg = identify(state), to_timm_keys(state), None
-    name = model_name or name
+def _load(
+    path: Path, model_name: str | None = None, form: str = "", use_ema: bool = True, verify: bool = True
+) -> nn.Module:
+    path = recover(path)
+    if (best := recover(path / "best")).is_dir():
+        path = best
+    elif (path / "recipe.json").is_file():
+        raise ValueError(f"{path} has no best/ yet: train it first")
+    config_file = path / CONFIG
+    if path.is_dir() and not config_file.is_file():
+        raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {CONFIG}")
+    file = read_file(_weights_file(path) if path.is_dir() else path, use_ema, verify)
+    try:
+        text = _read_text(config_file) if path.is_dir() else file.config
+        state, description = _described(file, text, form)
+        name = model_name or description.name
+        model = _built(name, description, state)
+        if verify and text is not None and file.config_sum not in (None, text_sum(text)):
+            raise ValueError(
+                f"{CONFIG} is not what was written with the weights beside it: it is damaged or was edited. To read it "
+                f"as it is, load with verify=False; `riformer convert OLD NEW --unverified` writes it anew"
+            )
+    except ValueError as error:
+        raise ValueError(shorten(f"{path}: {error}")) from error
+    model.pretrained_cfg.update(description.more)
+    if file.label_names and len(file.label_names) == model.num_classes:
+        model.pretrained_cfg.update(label_names=file.label_names)
+    elif file.label_names:
+        logger.warning("%s: left out its %d names of %d classes", path, len(file.label_names), model.num_classes)
+    return model.eval()
+
+
+def _weights_file(folder: Path) -> Path:
+    """The folder's weights: safetensors, or else the older name that timm and the Hub know."""
+    older = folder / "pytorch_model.bin"
+    return older if older.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
+
+
+def _read_text(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.read(MAX_CHARACTERS + 1)
+
+
+def _described(file: Checkpoint, text: str | None, form: str) -> tuple[dict[str, Tensor], Description]:
+    """The state dict under this package's keys, and what the model is: by its config.json or else by the keys."""
+    if text is None:
+        name, args = identify(file.state, form)
+        return to_timm_keys(file.state), Description(name, args, {}, {})
+    if form:
+        raise ValueError(f"form is {form!r}, but this model says itself which form it has")
+    return file.state, read_description(text)
+
+
+def _built(name: str, description: Description, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network with its weights; what does not fit is found on the meta device, where no size takes memory."""
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models()) or timm.list_models("riformer_*")
-        raise ValueError(f"{path}: model {name!r} is unknown; did you mean one of {near}?")
-    try:
-        model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **args)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{path}: {name} cannot be built with {args}: {error}") from error
+        raise ValueError(f"model {name!r} is unknown; did you mean one of {near}?")
+    check_size(description.args, state)
+
+    def build() -> nn.Module:
+        try:
+            return timm.create_model(name, pretrained_cfg=description.pretrained_cfg or None, **description.args)
+        except Exception as error:  # arguments from a file can make a constructor raise anything
+            args = shorten(str(description.args), 300)
+            raise ValueError(f"{name} cannot be built with {args}: {shorten(str(error), 300)}") from error
+
+    with torch.device("meta"):
+        model = build()
+    check_fit(model, state, "what it holds")
+    names = model.pretrained_cfg.get("label_names") or ()
+    if model.num_classes and names and len(names) != model.num_classes:
+        raise ValueError(f"label_names has {len(names)} names for {model.num_classes} classes")
+    model = build()
     model.to(reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32))
-    load_strict(model, state, str(path))
-    return model.eval()
+    load_strict(model, state)
+    return model

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from the result files of `riformer bench`; its wording is in speed.html.
+"""One self-contained HTML page from the result files of `riformer bench`; its wording is in templates/speed.html.
 
 Speeds are read from the files and nothing else; accuracies are quoted from papers, and marked so.
 """
@@ -10,13 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from riformer.atomic import write_text
 from riformer.measure.quoted import QUOTED
-from riformer.pages.style import ACCENT, GREY, PALETTE, drawing, environment, svg
+from riformer.pages.style import ACCENT, GREY, PALETTE, drawing, one_line, svg, templates, write_page
 
 QUOTED_PX = 224
 MARKERS = {"fp32": "s", "bf16x3": "^", "bf16": "o", "fp16": "D", "int8": "v"}
-COLORS = dict(zip(("PoolFormer", "GFNet", "DeiT", "ResNet", "ConvNeXt"), PALETTE, strict=False))
+FAMILY_COLORS = dict(zip(("PoolFormer", "GFNet", "DeiT", "ResNet", "ConvNeXt"), PALETTE, strict=False))
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,22 @@ class Bench:
 
     @property
     def title(self) -> str:
-        """What was compared: the network if it is one, else how many."""
+        """The name of the network, or the number of networks."""
         return network_name(self.models[0]) if len(self.models) == 1 else f"{len(self.models)} networks"
 
     @property
     def device(self) -> str:
-        """What it was measured on."""
+        """The device of the measurement."""
         return str(self.groups[0]["env"]["device"])
 
-    def label(self, row: dict[str, Any]) -> str:
-        """A row's engine and precision, and its network where there are several."""
+    def label(self, row: dict[str, Any], most: int = 0) -> str:
+        """A row's engine and precision, and its network where there are several, shortened to `most` characters."""
         engine = f"{row['backend']} {row['precision']}"
-        return engine if len(self.models) == 1 else f"{network_name(row['model'])}, {engine}"
+        return engine if len(self.models) == 1 else f"{one_line(network_name(row['model']), most)}, {engine}"
 
 
 def network_name(model: str) -> str:
-    """The published name of a network, or the one that it was measured by."""
+    """The published name of a network, or the name under which it was measured."""
     return QUOTED[model].name if model in QUOTED else model
 
 
@@ -56,10 +55,10 @@ def write_speed_report(files: Sequence[Path], destination: Path) -> Path:
     """Writes one HTML file about the given bench results; returns its path.
 
     Raises:
-        ValueError: a file that is no result of a bench, or holds no finished group.
+        ValueError: a file is not the result of a bench, or has no finished group.
         RuntimeError: matplotlib or jinja2 is not installed.
     """
-    pages = environment()
+    pages = templates()
     pages.filters.update(sig=_significant, name=network_name)
     benches = [read_bench(file) for file in files]
     with drawing():
@@ -72,16 +71,15 @@ def write_speed_report(files: Sequence[Path], destination: Path) -> Path:
             )
             for i, bench in enumerate(benches)
         ]
-    page = pages.get_template("speed.html").render(parts=parts, quoted=QUOTED, where=where, quoted_px=QUOTED_PX)
-    write_text(destination, page.strip() + "\n")
-    return Path(destination)
+    numbers = dict(parts=parts, quoted=QUOTED, where=where, quoted_px=QUOTED_PX)
+    return write_page(pages, "speed.html", destination, **numbers)
 
 
 def read_bench(file: Path) -> Bench:
     """A result file of `riformer bench`.
 
     Raises:
-        ValueError: it is none, or holds no finished group.
+        ValueError: it is none, or has no finished group.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -91,18 +89,18 @@ def read_bench(file: Path) -> Bench:
     if groups is None:
         raise ValueError(f"{file} is no result of `riformer bench --out`")
     if not groups:
-        raise ValueError(f"{file} holds no finished group yet: `riformer bench` with the same --out goes on")
+        raise ValueError(f"{file} has no finished group yet: `riformer bench` with the same --out continues it")
     return Bench(Path(file), groups)
 
 
 def where(group: dict[str, Any]) -> str:
-    """A group's sizes in words."""
+    """Batch size, image size and threads of a group."""
     threads = group["num_threads"]
     return f"batch {group['batch_size']}, {group['img_size']} px, {threads} thread{'s' * (threads != 1)}"
 
 
 class Best(NamedTuple):
-    """The fastest row of a network in the group where it leads by most, and the network's first row there."""
+    """The fastest row of a network in the group with its largest lead, and the network's first row there."""
 
     group: dict[str, Any]
     fastest: dict[str, Any]
@@ -114,13 +112,13 @@ def best(bench: Bench) -> Best:
     """The largest lead of a network's fastest row over its first one, for the first network that runs on "ours"."""
     rows = bench.groups[0]["rows"]
     model = next((row["model"] for row in rows if row["backend"] == "ours"), rows[0]["model"])
-    found = []
+    leads = []
     for group in bench.groups:
-        own = [row for row in group["rows"] if row["model"] == model]
-        fastest = max(own, key=lambda row: row["images_per_s"]["median"])
-        ratio = median(a / b for a, b in zip(fastest["rates"], own[0]["rates"], strict=True))
-        found.append(Best(group, fastest, own[0], ratio))
-    return max(found, key=lambda item: item.ratio)
+        rows = [row for row in group["rows"] if row["model"] == model]
+        fastest = max(rows, key=lambda row: row["images_per_s"]["median"])
+        ratio = median(a / b for a, b in zip(fastest["rates"], rows[0]["rates"], strict=True))
+        leads.append(Best(group, fastest, rows[0], ratio))
+    return max(leads, key=lambda lead: lead.ratio)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -138,12 +136,12 @@ def _significant(value: float) -> str:
 
 
 def _rates(bench: Bench, name: str) -> str:
-    """Images/s of every row, a panel for each group, with the limit that the products' peak sets."""
+    """Images/s of every row, a panel for each group, with the limit from the device's peak."""
     from matplotlib.figure import Figure
 
     columns = min(3, len(bench.groups))
     lines = -(-len(bench.groups) // columns)
-    labels = [bench.label(row) for row in bench.groups[0]["rows"]]
+    labels = [bench.label(row, most=60) for row in bench.groups[0]["rows"]]
     figure = Figure(figsize=(11, lines * (0.6 + 0.21 * len(labels))), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for axes in panels[len(bench.groups) :]:
@@ -207,9 +205,11 @@ def _accuracy(bench: Bench, name: str) -> str:
         for row, point in zip(rows, points, strict=True):
             entry = QUOTED[row["model"]]
             series.setdefault((entry.family, row["backend"], row["precision"]), []).append((*point, entry.name))
-        for (family, backend, precision), found in series.items():
-            color = (ACCENT if backend == "ours" else "#7fb2dd") if family == "RIFormer" else COLORS.get(family, GREY)
-            xs, ys, names = zip(*sorted(found), strict=True)
+        for (family, backend, precision), entries in series.items():
+            color = FAMILY_COLORS.get(family, GREY)
+            if family == "RIFormer":
+                color = ACCENT if backend == "ours" else "#7fb2dd"
+            xs, ys, names = zip(*sorted(entries), strict=True)
             axes.plot(
                 xs,
                 ys,
@@ -227,6 +227,9 @@ def _accuracy(bench: Bench, name: str) -> str:
         axes.xaxis.set_minor_formatter("{x:,g}")
         axes.tick_params(axis="x", which="both", labelsize=8)
         axes.margins(x=0.09, y=0.09)
-        axes.set(xlabel=f"images/s, measured: {where(group)}, {bench.device}", title="top-1 on ImageNet-1k, %, quoted")
+        axes.set(
+            xlabel=f"images/s, measured: {where(group)}, {one_line(bench.device)}",
+            title="top-1 on ImageNet-1k, %, quoted",
+        )
         axes.legend(loc="lower left")
     return svg(figure, name)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riformer.model.fuse import fold, mixing
+from riformer.model.fuse import fold, remaining_mixers
 from riformer.model.metaformer import MetaFormer
 
 
@@ -71,13 +71,14 @@ def network_weights(model: MetaFormer) -> NetworkWeights:
     Raises:
         ValueError: the model mixes tokens, or its head is not norm, average, classifier.
     """
-    if isinstance(model, MetaFormer) and (mixers := mixing(model)):
+    if isinstance(model, MetaFormer) and (mixers := remaining_mixers(model)):
         raise ValueError(f"the model mixes tokens ({mixers}): only a RIFormer collapses into matrix products")
     folded = fold(model)
     head = folded.head
-    if head.global_pool.pool_type != "avg" or not isinstance(head.norm, nn.GroupNorm):
+    if head.global_pool.pool_type != "avg" or not isinstance(head.norm, nn.GroupNorm) or head.pool_first:
         raise ValueError(
-            f"the head pools by {head.global_pool.pool_type!r} after {type(head.norm).__name__}; "
+            f"the head pools by {head.global_pool.pool_type!r} {'before' if head.pool_first else 'after'} "
+            f"{type(head.norm).__name__}; "
             "the collapsed form takes global_pool='avg' after the head's norm"
         )
     convs, stages = [], []

@@ -18,7 +18,7 @@ from riformer.runtime.collapse import BlockWeights, ConvWeights
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GELU_SCALE = 0.32617215674
 """For 16-bit types GELU takes x * GELU_SCALE and gives 2 * GELU_SCALE times its value, by the hardware's tanh: three
-operations besides. Within 1e-3, half of what bf16 rounds off a 1. Fitted by benchmarks/fit_gelu.py."""
+operations besides. Within 1e-3, half of what bf16 rounds off a 1. Fitted by tools/fit_gelu.py."""
 
 
 def tile_rows(num_rows: int, num_tokens: int) -> int:

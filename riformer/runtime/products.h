@@ -52,7 +52,7 @@ inline Vec clamped(Vec x, float most) {
 
 constexpr long round_up(long value, long step) { return (value + step - 1) / step * step; }
 
-// x * Phi(x) = x * (1/2 + u * P(2 u^2 / c^2 - 1)) with u = x clamped to [-c, c]; P from benchmarks/fit_gelu.py.
+// x * Phi(x) = x * (1/2 + u * P(2 u^2 / c^2 - 1)) with u = x clamped to [-c, c]; P from tools/fit_gelu.py.
 template <int N>
 inline Vec gelu(Vec x, float clamp, const float (&p)[N]) {
   Vec u = clamped(x, clamp);

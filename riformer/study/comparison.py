@@ -1,6 +1,6 @@
 """Rungs of a ladder compared: accuracy by rung, budget and seed, and paired differences with 95 % intervals.
 
-A record is what is kept of a finished run: small, and enough for every table. Everything here is computed from records.
+A record is what is kept of a finished run. It is small, and all tables are computed from records.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ from math import log2, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from riformer.config import Recipe, from_dict, to_dict, upgrade
+from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
 from riformer.recipes import RUNGS
 from riformer.train.run import Run
 
 Record = dict[str, Any]
 
-# What the second does to the first: the paper's steps from rung to rung, then the controls and what is not the paper's.
+# Pairs of rungs, of which the second is compared with the first: the steps of the paper, then controls and additions.
 STEPS = [
     (before, after)
     for before, afters in (
@@ -44,8 +44,9 @@ STEPS = [
     )
     for after in afters.split()
 ]
+MAIN_RUNGS = ("mixer", "full", "deleted")
 CONVERGED = 0.3
-"""Points that a doubled budget adds to labels alone, below which a ladder is taken as converged."""
+"""Points: where a doubled budget adds less to labels alone, the ladder counts as converged."""
 
 # 97.5 % of Student's distribution with 1, 2, ... degrees of freedom.
 T_QUANTILES = (
@@ -55,7 +56,7 @@ T_QUANTILES = (
 
 
 def record(run: Run) -> Record:
-    """What is kept of a finished run, also to tell whether a repetition learned the same to the bit.
+    """The record of a finished run; its checksum shows whether a repeated run has equal losses bit for bit.
 
     Raises:
         ValueError: the run is not finished.
@@ -79,9 +80,9 @@ def record(run: Run) -> Record:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A recipe's name as that of its ladder and its rung: `glyphs-3x-soft` is `glyphs-3x` and `soft`."""
-    found = max((rung for rung in RUNGS if name.endswith(f"-{rung}")), key=len, default="full")
-    return name.removesuffix(f"-{found}"), found
+    """The ladder and the rung in a recipe's name: `glyphs-3x-soft` is `glyphs-3x` and `soft`."""
+    rung = max((rung for rung in RUNGS if name.endswith(f"-{rung}")), key=len, default="full")
+    return name.removesuffix(f"-{rung}"), rung
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Difference:
 
     @property
     def mean(self) -> float:
+        """Mean over the seeds."""
         return fmean(self.by_seed.values())
 
     @property
@@ -118,32 +120,34 @@ class Comparison:
     """Records of one study: rungs, and ladders of different budgets, each with its seeds.
 
     Raises:
-        ValueError: there are no records, they are of different images, or two runs of one rung and ladder have the same
-            seed or differ in more than that.
+        ValueError: there are no records, their images differ, or two runs of one rung and ladder have the same seed or
+            differ in other settings than the seed.
     """
 
     def __init__(self, records: Iterable[Record]):
-        self.records = sorted(records, key=lambda one: (one["ladder"], one["rung"], one["seed"]))
-        images = {(one["recipe"]["data"]["name"], one["split"], one["num_images"]) for one in self.records}
+        self.records = sorted(records, key=lambda r: (r["ladder"], r["rung"], r["seed"]))
+        images = {(r["recipe"]["data"]["name"], r["split"], r["num_images"]) for r in self.records}
         if len(images) != 1:
-            found = f"these are of {sorted(images)}" if images else "none is finished: give the ladder's command again"
-            raise ValueError(f"a comparison is of finished runs on the same images, but {found}")
+            problem = (
+                f"these are of {sorted(images)}" if images else "none is finished: give the ladder's command again"
+            )
+            raise ValueError(f"a comparison needs finished runs on the same images, but {problem}")
         self.data, self.split, self.num_images = images.pop()
         recipes: dict[tuple[str, str], Recipe] = {}
         seen: dict[tuple[str, str, int], str] = {}
-        for one in self.records:
-            name, rung, recipe = one["ladder"], one["rung"], from_dict({**upgrade(one["recipe"]), "seed": 0})
-            if (twin := seen.setdefault((name, rung, one["seed"]), one["run"])) != one["run"]:
-                raise ValueError(f"{twin} and {one['run']} are the same rung, ladder and seed; a comparison takes one")
+        for r in self.records:
+            name, rung, recipe = r["ladder"], r["rung"], drop_idle(from_dict({**upgrade(r["recipe"]), "seed": 0}))
+            if (twin := seen.setdefault((name, rung, r["seed"]), r["run"])) != r["run"]:
+                raise ValueError(f"{twin} and {r['run']} are the same rung, ladder and seed; leave one out")
             if recipes.setdefault((name, rung), recipe) != recipe:
-                raise ValueError(f"{one['run']} has other settings than the same rung with other seeds")
+                raise ValueError(f"{r['run']} has other settings than the same rung with other seeds")
 
     @cached_property
     def steps(self) -> dict[str, int]:
-        """Steps of each ladder, by its name, the shortest first; those of labels-long are more."""
-        plain = [one for one in self.records if one["rung"] != "labels-long"] or self.records
-        found = {one["ladder"]: one["steps"] for one in plain}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        """Steps of each ladder by name, the smallest number first; not those of labels-long, which has more."""
+        records = [r for r in self.records if r["rung"] != "labels-long"] or self.records
+        steps = {r["ladder"]: r["steps"] for r in records}
+        return dict(sorted(steps.items(), key=lambda item: item[1]))
 
     @cached_property
     def ladders(self) -> list[str]:
@@ -153,26 +157,21 @@ class Comparison:
     @cached_property
     def rungs(self) -> list[str]:
         """The rungs that were run, in the order of `RUNGS`."""
-        ran = {one["rung"] for one in self.records}
+        ran = {r["rung"] for r in self.records}
         return [rung for rung in RUNGS if rung in ran]
 
     def top1(self, ladder: str, rung: str) -> dict[int, float]:
         """Accuracy in deploy form by seed, percent."""
-        return {
-            one["seed"]: one["top1"]["deploy"] for one in self.records if (one["ladder"], one["rung"]) == (ladder, rung)
-        }
+        return {r["seed"]: r["top1"]["deploy"] for r in self.records if (r["ladder"], r["rung"]) == (ladder, rung)}
 
     def difference(self, ladder: str, first: str, second: str) -> Difference | None:
-        """What `second` adds to `first`, where both were run with the same seed."""
+        """What `second` adds to `first`, over the seeds with which both were run; None without any."""
         a, b = self.top1(ladder, first), self.top1(ladder, second)
-        return (
-            Difference({seed: b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())})
-            if a.keys() & b.keys()
-            else None
-        )
+        seeds = sorted(a.keys() & b.keys())
+        return Difference({seed: b[seed] - a[seed] for seed in seeds}) if seeds else None
 
     def differences(self) -> list[tuple[str, str, list[Difference | None]]]:
-        """Every step between two rungs that were run, a difference for each ladder."""
+        """Every pair of STEPS that was run, with a difference for each ladder."""
         rows = [
             (first, second, [self.difference(name, first, second) for name in self.ladders]) for first, second in STEPS
         ]
@@ -188,36 +187,34 @@ class Comparison:
         return None
 
     def headline(self) -> list[str]:
-        """What was found, in sentences: full against mixer at each budget, and whether labels alone have converged."""
-        told = [
+        """The results in sentences: full against mixer at each budget, and whether labels alone have converged."""
+        sentences = [
             self._verdict(ladder, ahead)
             for ladder in reversed(self.ladders)
             if (ahead := self.difference(ladder, "mixer", "full"))
         ]
-        if found := self.gain_of_doubling("deleted"):
-            small, large, gain = found
+        if doubling := self.gain_of_doubling("deleted"):
+            small, large, gain = doubling
             limit = f"below the {CONVERGED} that count as converged"
             if gain.mean >= CONVERGED:
                 limit = f"above {CONVERGED}, so that this has not converged"
-            told.append(
+            sentences.append(
                 f"Between {self.steps[small]:,} and {self.steps[large]:,} steps each doubling adds {gain} points to "
                 f"labels alone without mixers: {limit}."
             )
-        return told
+        return sentences
 
     def _verdict(self, ladder: str, ahead: Difference) -> str:
         verb = "ahead of" if ahead.mean > 0 else "behind"
-        seeds = f", {len(ahead.by_seed)} seeds" if ahead.half is not None else ""
+        detail = "1 seed" if ahead.half is None else f"{ahead}, {len(ahead.by_seed)} seeds"
         text = (
             f"After {self.steps[ladder]:,} steps on {self.data}, the full recipe is {abs(ahead.mean):.2f} points "
-            f"{verb} the network that keeps its mixers ({ahead}{seeds})."
+            f"{verb} the network that keeps its mixers ({detail})."
         )
         gains = {rung: self.difference(ladder, "deleted", rung) for rung in self.rungs}
         if (gap := gains.get("mixer")) and (full := gains.get("full")):
             text += f" Mixers are worth {gap} points to labels alone; the full recipe without them {full}"
-            others = [
-                (one.mean, rung) for rung, one in gains.items() if one and rung not in ("mixer", "full", "deleted")
-            ]
+            others = [(gain.mean, rung) for rung, gain in gains.items() if gain and rung not in MAIN_RUNGS]
             if others and max(others)[0] > full.mean:
                 text += f", {max(others)[1]} {gains[max(others)[1]]}"
             text += "."
@@ -225,7 +222,7 @@ class Comparison:
 
 
 def markdown(comparison: Comparison, published: dict[str, float]) -> str:
-    """The ladder beside the paper's numbers, and what each step adds, as Markdown."""
+    """The ladder beside the paper's numbers, and the differences between rungs, as Markdown."""
     budgets = [f"{comparison.steps[name]:,} steps" for name in comparison.ladders]
     lines = [["", "paper", *budgets], ["---"] * (2 + len(budgets))]
     for rung in comparison.rungs:
@@ -233,9 +230,9 @@ def markdown(comparison: Comparison, published: dict[str, float]) -> str:
         lines.append([rung, quoted, *(mean(comparison.top1(name, rung).values()) for name in comparison.ladders)])
     ladder = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     lines = [["the second beside the first", "paper", *budgets], ["---"] * (2 + len(budgets))]
-    for first, second, found in comparison.differences():
+    for first, second, differences in comparison.differences():
         quoted = f"{published[second] - published[first]:+.2f}" if {first, second} <= published.keys() else ""
-        lines.append([f"{first} → {second}", quoted, *(str(one) if one else "" for one in found)])
+        lines.append([f"{first} → {second}", quoted, *(str(d) if d else "" for d in differences)])
     return ladder + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -72,7 +72,7 @@ def check_before_teacher(recipe: Recipe, run: Run, data: Dataset) -> None:
     if cache := teacher_cache(recipe, run, data):
         cache.check_space()
     if start := recipe.model.start:
-        start_at(build_model(recipe, data), open_model(start, recipe.data.img_size).state_dict(), start)
+        start_at(build_model(recipe, data), open_model(start, recipe.data.img_size), start)
     for reference in {*recipe.distill.logit_teachers, recipe.distill.module_teacher} - {"", "own"}:
         open_model(reference, recipe.distill.teacher_img_size)
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def check_before_teacher(recipe: Recipe, run: Run, data: Dataset) -> None:
     if recipe.distill.module_teacher == "own":
         match_blocks(student, teacher, recipe.research.positions)
         if recipe.distill.start_from_teacher:
-            start_from(student, teacher.state_dict())
+            start_from(student, teacher)
 
 
 def build_imitation(recipe: Recipe, model: nn.Module, module_teacher: Teacher | None) -> Imitation | None:

@@ -15,7 +15,7 @@ PATIENCE = timedelta(hours=3)  # while the main process scans a large folder, th
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int, torch.device]]:
-    """Rank, number of processes and device; joins torchrun's group when there is one. Inside, cuDNN is deterministic."""
+    """Rank, number of processes and device; joins torchrun's group if there is one. Inside, cuDNN is deterministic."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -103,6 +103,8 @@ def _train(recipe: Recipe, run: Run, data: Dataset, group: Group, progress: Call
     rank, world_size, device = group
     main, num_classes = rank == 0, len(data.classes)
     state = run.load_state()
+    if not state and run.is_trained():  # finished, and its states were deleted
+        return
     if state and state["world_size"] != world_size:
         raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
 
@@ -168,7 +170,7 @@ def _train(recipe: Recipe, run: Run, data: Dataset, group: Group, progress: Call
             if cache:
                 cache.flush()  # which covers what the other processes have written until they gathered
             counts = {"step": done, "best": best, "num_skipped": num_skipped, "world_size": world_size}
-            run.save_state({**training.state_dict(), **counts, "rng": rng})
+            run.save_state({**training.state_dict(), **counts, "rng": rng}, finished=done == num_steps)
 
     # epochs
     with training.objective as objective, _signals() as interrupted:

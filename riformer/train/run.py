@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
-from riformer.atomic import flush, previous, replace_file, replace_folder, recover, write_errors, write_text
-from riformer.config import Recipe, from_dict, to_dict, upgrade
+from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_errors, write_text
+from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
 from riformer.version import __version__
 
 try:
@@ -118,20 +118,20 @@ class Run:
         """
         if (content := self.read("recipe.json")) is None:
             raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
-        return from_dict(upgrade(content))
+        return drop_idle(from_dict(upgrade(content)))  # earlier versions kept settings without effect
 
     def is_trained(self) -> bool:
         """Whether all its epochs are done; False where nothing has begun.
 
-        The newest saved state says so. States without a number of steps, and runs whose states were deleted, are
-        judged by their metrics.
+        The newest saved state says so. A run whose states were deleted, or saved by version 0.1, is judged by its
+        metrics.
         """
         if self.read("recipe.json") is None:
             return False
         for folder in self._states():
             manifest = _manifest(folder)
-            if "num_steps" in manifest:
-                return manifest["step"] >= manifest["num_steps"]
+            if "finished" in manifest:
+                return bool(manifest["finished"])
         last_epoch = self.recipe().optim.epochs - 1
         return any(line["kind"] == "epoch" and line["epoch"] >= last_epoch for line in self.metrics())
 
@@ -212,7 +212,8 @@ class Run:
         """
         if self.is_trained():
             return
-        texts, kept = self._metrics_texts(), []
+        texts = self._metrics_texts()
+        kept: list[bytes] = []
         for text in texts:
             line = _parsed(text)
             if line and line["step"] > step:
@@ -228,40 +229,38 @@ class Run:
         file = self.path / "metrics.jsonl"
         return [text for text in re.findall(rb"[^\n]*\n?", file.read_bytes()) if text] if file.is_file() else []
 
-    def save_state(self, state: dict[str, Any]) -> None:
+    def save_state(self, state: dict[str, Any], finished: bool = False) -> None:
         """Replaces last/ by `state`; the state before becomes last.previous/.
 
-        The metrics are on the disk before, so that not even after a power failure a state is ahead of them.
+        The metrics are on the disk first, so that not even after a power failure a state is ahead of them.
+
+        Args:
+            state: what a resume needs, with the weights as `model` and those of a moving average as `ema`.
+            finished: whether this is the state after the last step.
         """
         if (metrics := self.path / "metrics.jsonl").exists():
             flush(metrics)
         with replace_folder(self.path / "last", keep_previous=True) as folder:
             torch.save(state, folder / "state.pt")
-            counts = {name: state[name] for name in ("step", "num_steps") if name in state}
-            manifest = {"state.pt": _sha256(folder / "state.pt"), **counts}
+            manifest = {"state.pt": _sha256(folder / "state.pt"), "finished": finished}
             (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest state that is whole, or None when nothing was saved yet; a warning names those that are not.
+        """The newest state that is whole and finite, or None when nothing was saved yet.
 
         Raises:
-            ValueError: states were saved but none of them is whole.
+            ValueError: states were saved but none of them can be used; warnings say why.
         """
-        damage = []
-        for folder in self._states():
+        states = self._states()
+        for folder in states:
             try:
-                if not (expected := _manifest(folder).get("state.pt")):
-                    raise ValueError("its manifest.json is missing or damaged")
-                if expected != _sha256(folder / "state.pt"):
-                    raise ValueError("its checksum differs")
-                return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load raises what its unpickler happens to meet
-                is_pickle = isinstance(error, pickle.UnpicklingError)  # whose text advises to trust the file
-                reason = "it holds no tensors" if is_pickle else str(error).partition("\n")[0]
-                damage.append(f"{folder / 'state.pt'} is damaged ({reason})")
-                logger.warning("%s; falling back to the state before it", damage[-1])
-        if damage:
-            raise ValueError(f"no saved state in {self.path} is whole: {'; '.join(damage)}. Train into another --out")
+                return _read_state(folder)
+            except Exception as error:  # torch.load can raise almost anything for a damaged file
+                is_pickle = isinstance(error, pickle.UnpicklingError)  # its text advises to read the file all the same
+                reason = "state.pt cannot be unpickled" if is_pickle else str(error).partition("\n")[0]
+                logger.warning("%s cannot be used (%s); falling back to the state before it", folder, reason)
+        if states:
+            raise ValueError(f"no saved state in {self.path} can be used; start anew with another --out")
         return None
 
     def _states(self) -> list[Path]:
@@ -309,6 +308,19 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The state in a folder of `save_state`; raises if anything is wrong with it."""
+    if not (expected := _manifest(folder).get("state.pt")):
+        raise ValueError("its manifest.json is missing or damaged")
+    if expected != _sha256(folder / "state.pt"):
+        raise ValueError("its checksum differs")
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    tensors = [*state["model"].values(), *state.get("ema", {}).values()]
+    if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
+        raise ValueError("its weights are not finite")
+    return state
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -104,10 +104,10 @@ def build(
     optim = recipe.optim
     model = build_model(recipe, data).to(device)
     if recipe.model.start and start:
-        start_at(model, opened(recipe.model.start, recipe.data.img_size).state_dict(), recipe.model.start)
+        start_at(model, opened(recipe.model.start, recipe.data.img_size), recipe.model.start)
     logit_teacher, module_teacher = build_teachers(recipe, run, data.classes, device, opened)
     if recipe.distill.start_from_teacher and module_teacher:
-        start_from(model, module_teacher.model.state_dict())
+        start_from(model, module_teacher.model)
     imitation = build_imitation(recipe, model, module_teacher)
     projections = imitation.projections if imitation else nn.ModuleDict()
     initialise(model, module_teacher)

@@ -1,6 +1,7 @@
 """Taps, teachers and the objective on tiny networks."""
 
 import copy
+from typing import get_args, get_type_hints
 
 import pytest
 import timm
@@ -11,8 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import riformer
-from riformer.distill.imitation import Imitation, block_names, fit_affines, match_blocks
-from riformer.distill.objective import IMITATION, TERMS, Objective, imitation_scale
+from riformer.config import DistillConfig
+from riformer.distill import losses
+from riformer.distill.families import block_names
+from riformer.distill.imitation import Imitation, fit_affines, match_blocks
+from riformer.distill.objective import IMITATION, SCHEDULES, TERMS, Objective, imitation_scale
 from riformer.distill.taps import tap
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher
 from riformer.model.mixers import Affine
@@ -234,7 +238,7 @@ def test_positions_pair_blocks_by_relative_depth():
 def test_an_unknown_family_is_refused_with_what_to_add():
     with (
         torch.device("meta"),
-        pytest.raises(ValueError, match=r"ResNet is not known as a module teacher.*give FAMILIES in .* a line"),
+        pytest.raises(ValueError, match=r"the blocks of a ResNet are not known.*give FAMILIES in .* a line"),
     ):
         block_names(timm.create_model("resnet18"))
 
@@ -326,6 +330,29 @@ def test_imitation_schedules():
     assert imitation_scale("constant", 0.99) == 1
     assert [imitation_scale("first_phase", p, phase=0.3) for p in (0.0, 0.29, 0.3, 0.9)] == [1, 1, 0, 0]
     assert [imitation_scale("cosine", p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: imitation_scale("linear", 0.5), r"schedule is 'linear'; allowed are constant, cosine, first_phase$"),
+        (lambda: imitation_scale("first-phase", 0.5), r"schedule is 'first-phase'; .*did you mean 'first_phase'\?"),
+        (lambda: losses.block(batch()[0], batch()[0], match="normalized"), r"did you mean 'normalised'\?"),
+        (
+            lambda: Imitation(build(), Teacher(build("pooling"), MEAN, STD), ["block"], 8, block_match="Raw"),
+            r"block_match is 'Raw'; allowed are normalised, raw",
+        ),
+    ],
+)
+def test_a_misspelt_word_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_words_are_those_of_the_configuration():
+    hints = get_type_hints(DistillConfig)
+    assert get_args(hints["block_match"]) == losses.BLOCK_MATCHES
+    assert get_args(hints["schedule"]) == SCHEDULES
 
 
 def test_start_from_gives_the_student_its_teachers_function_but_for_the_mixers():

@@ -1,48 +1,20 @@
 """What every family of teachers must do: pair, give maps of right shapes, teach every affine, stay frozen."""
 
-from typing import Any
-
 import pytest
 import timm
 import torch
-from timm.layers import GroupNorm1, LayerNorm2d
-from timm.models.metaformer import Attention, MetaFormer, Pooling, SepConv
+from families import NETWORKS, build, build_small
 from tiny import images, randomised
 from torch import nn
 from torch.testing import assert_close
 
-from riformer.distill.imitation import FAMILIES, TERMS, Imitation, block_names
+from riformer.distill.families import FAMILIES, block_names, family_of
+from riformer.distill.imitation import TERMS, Imitation
 from riformer.distill.objective import Objective
 from riformer.distill.taps import tap
 from riformer.distill.teachers import Teacher, build_teacher
 
-LAYER_NORMS = [LayerNorm2d, LayerNorm2d, nn.LayerNorm, nn.LayerNorm]
-# One small model of each family that a teacher can be of, by timm's name and arguments, at 32 px.
-TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gfnet_h": ("gfnet_h_ti", dict(depths=(1, 2), dims=(16, 24), img_size=32)),
-    "poolformer": ("poolformer_s12", dict(token_mixers=Pooling, norm_layers=GroupNorm1)),
-    "caformer": ("caformer_s18", dict(token_mixers=[SepConv, SepConv, Attention, Attention], norm_layers=LAYER_NORMS)),
-    "convformer": ("convformer_s18", dict(token_mixers=SepConv, norm_layers=LayerNorm2d)),
-    "convnext": ("convnext_atto", dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        dict(depths=(2, 2), embed_dim=16, num_heads=(2, 2), img_size=32, window_size=4),
-    ),
-    "vit": ("vit_tiny_patch16_224", dict(depth=3, embed_dim=32, num_heads=2, img_size=32, patch_size=8)),
-    "deit": ("deit_tiny_distilled_patch16_224", dict(depth=3, embed_dim=32, num_heads=2, img_size=32, patch_size=8)),
-    "other_size": ("riformer_mini", dict(mixer="pooling", depths=(2, 4, 2), dims=(24, 40, 64), img_size=32)),
-    "same_size": ("riformer_mini", dict(mixer="attention", depths=(1, 2, 1), dims=(8, 16, 32), img_size=32)),
-}
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-
-
-def build(name: str, **args: Any) -> nn.Module:
-    torch.manual_seed(1)
-    if "token_mixers" in args:  # timm's entry points take no sizes
-        model = MetaFormer(depths=(1, 1, 2, 1), dims=(16, 32, 32, 64), num_classes=6, **args)
-        model.pretrained_cfg = {**timm.get_pretrained_cfg(name).to_dict(), "input_size": (3, 32, 32)}
-        return model
-    return timm.create_model(name, num_classes=6, pretrained_cfg_overlay={"input_size": (3, 32, 32)}, **args)
 
 
 @pytest.fixture
@@ -50,15 +22,14 @@ def student() -> nn.Module:
     return build("riformer_mini", depths=(1, 2, 1), dims=(8, 16, 32), img_size=32)
 
 
-@pytest.fixture(params=TEACHERS)
+@pytest.fixture(params=NETWORKS)
 def teacher(request) -> Teacher:
-    name, args = TEACHERS[request.param]
-    return Teacher(build(name, **args), MEAN, STD)
+    return Teacher(build_small(request.param), MEAN, STD)
 
 
 def test_every_known_class_is_covered():
     with torch.device("meta"):
-        assert {type(build(name, **args)).__name__ for name, args in TEACHERS.values()} == set(FAMILIES)
+        assert {type(build_small(network)).__name__ for network in NETWORKS} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
@@ -79,11 +50,11 @@ def test_maps_have_the_shapes_that_the_network_has(student, teacher):
     imitation = Imitation(student, teacher, TERMS, 32, "all")
     widths = {info["module"]: info["num_chs"] for info in getattr(teacher.model, "feature_info", [])}
     for name, pairs in imitation.modules.items():
-        for (_, theirs), (own, their) in zip(pairs, imitation.shapes[name], strict=True):
+        for (_, module), (own, their) in zip(pairs, imitation.shapes[name], strict=True):
             assert own[0] in (8, 16, 32)
             assert own[1] == own[2]
             assert their[1] == their[2] in (8, 4, 2, 1)
-            stage = next((module for module in widths if theirs.startswith(module)), None)
+            stage = next((stage_module for stage_module in widths if module.startswith(stage_module)), None)
             assert stage is None or their[0] == widths[stage]
 
 
@@ -92,7 +63,7 @@ def test_outputs_become_the_maps_of_forward_intermediates(student, teacher):
     stages = block_names(teacher.model)
     pixels = torch.randn(2, 3, 32, 32)
     imitation = Imitation(student, teacher, ["block"], 32, "all")
-    seen = {theirs for _, theirs in imitation.pairs}
+    imitated = {block for _, block in imitation.pairs}
     with torch.no_grad():
         expected = teacher.model.forward_intermediates(pixels, intermediates_only=True)
     with imitation.tapped(), torch.no_grad():
@@ -101,7 +72,7 @@ def test_outputs_become_the_maps_of_forward_intermediates(student, teacher):
         last = [stage[-1] for stage in stages] if len(stages) > 1 else stages[0]
         compared = 0
         for name, feature in zip(last, expected, strict=True):
-            if name in seen:
+            if name in imitated:
                 assert_close(imitation._maps("stages.0.blocks.0", name)[1], feature)
                 compared += 1
     assert compared
@@ -138,6 +109,13 @@ def test_projections_are_there_only_where_widths_differ(student, teacher):
     again = Imitation(student, teacher, TERMS, 32, "all")
     assert_close(again.projections.state_dict(), imitation.projections.state_dict(), rtol=0, atol=0)
     assert not any("projection" in name for name in student.state_dict())
+
+
+def test_a_family_names_modules_that_a_block_has(teacher):
+    family = family_of(teacher.model)
+    for block in (teacher.model.get_submodule(name) for stage in block_names(teacher.model) for name in stage):
+        for name in (family.mixer, family.mlp, family.imitated_mixer, *family.norms):
+            assert isinstance(block.get_submodule(name), nn.Module)
 
 
 def test_it_stays_frozen_in_eval_mode_under_its_own_normalisation(teacher):
@@ -177,7 +155,7 @@ def test_a_perfect_imitation_costs_nothing(teacher):
 @pytest.mark.parametrize("name", ["vit", "deit", "swin", "gfnet_h", "convnext"])
 def test_a_teacher_is_read_from_a_checkpoint_of_its_architecture_at_another_size(name, tmp_path):
     """`timm:NAME@FILE`, position embeddings and filters resampled to the size asked for."""
-    architecture, _ = TEACHERS[name]
+    architecture, _ = NETWORKS[name]
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in timm.create_model(architecture, num_classes=6).state_dict().items()}
     torch.manual_seed(0)

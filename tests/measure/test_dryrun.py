@@ -42,14 +42,14 @@ def test_every_recipe_is_built_without_data_and_weights(name):
     data, note = count_data(recipe)
     with torch.device("meta"):
         model, logit_teacher, module_teacher, imitation = build(recipe, data, torch.device("meta"), notes)
-    num_classes = {"quickstart": 10, "small-images": 10, "glyphs": 34, "glyphs-paper": 34}.get(name, 1000)
+    num_classes = {"quickstart": 10, "small-images": 10, "glyphs-overlap": 34, "glyphs-riformer": 34}.get(name, 1000)
     assert model.num_classes == len(data.classes) == num_classes
     assert ("ImageNet-1k's 1,281,167" in note) == (num_classes == 1000)
-    num_images = {"quickstart": 1_000, "small-images": 55_000, "glyphs": 43_010, "glyphs-paper": 43_010}
+    num_images = {"quickstart": 1_000, "small-images": 55_000, "glyphs-overlap": 43_010, "glyphs-riformer": 43_010}
     assert len(data.splits["train"]) == num_images.get(name, 1_281_167)
     assert bool(logit_teacher) == bool(recipe.distill.logit_teachers)
     assert bool(module_teacher) == bool(recipe.distill.module_teacher)
-    num_stages = {"quickstart": 2, "small-images": 3, "glyphs": 2, "glyphs-paper": 2}.get(name, 4)
+    num_stages = {"quickstart": 2, "small-images": 3, "glyphs-overlap": 2, "glyphs-riformer": 2}.get(name, 4)
     assert len(imitation.describe() if imitation else ()) == (num_stages if recipe.distill.block_weight else 0)
     fetched = [reference for reference in recipe.distill.logit_teachers if "@" in reference]
     assert sum("gfnet-h-b.pth is not here yet" in text for text in notes) == len(fetched)

@@ -5,41 +5,28 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+from families import NETWORKS, build_small
 from tiny import images, randomised, tiny
 from torch import nn
 
 from riformer import cli
+from riformer.distill.families import family_of
 from riformer.measure import profile as module
 from riformer.measure.cost import count_macs
 from riformer.measure.latency import Spread
 from riformer.measure.profile import KINDS, Module, Profile, Step, profile
 from riformer.pages.profile import draw
 
-FAMILIES = {
-    "riformer_micro": {},
-    "riformer_micro pooling": dict(mixer="pooling"),
-    "vit_tiny_patch16_224": dict(img_size=32, depth=2, embed_dim=24, num_heads=2),
-    "deit_tiny_distilled_patch16_224": dict(img_size=32, depth=2, embed_dim=24, num_heads=2),
-    "poolformer_s12": {},
-    "caformer_s18": {},
-    "convformer_s18": {},
-    "convnext_atto": dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
-    "swin_tiny_patch4_window7_224": dict(img_size=32, window_size=2, depths=(2, 2), embed_dim=16, num_heads=(2, 2)),
-    "gfnet_h_ti": dict(img_size=64, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
-}
 QUICK = dict(rounds=3, seconds=0.001)
 
 
-def build(name):
-    args = FAMILIES[name]
-    return timm.create_model(name.split()[0], num_classes=5, **args).eval(), images(
-        2, 3, *[args.get("img_size", 64)] * 2
-    )
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    return build_small(request.param).eval(), images(2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_taken_apart_completely(name):
-    model, batch = build(name)
+def test_every_family_is_profiled_completely(network):
+    model, batch = network
     found = profile(model, batch, **QUICK)
     assert [step.name for step in found.steps] == ["embedding", "norm", "token mixer", "MLP", "head"]
     kinds = {m.kind for m in found.modules}
@@ -50,10 +37,9 @@ def test_every_family_is_taken_apart_completely(name):
     assert json.loads(json.dumps(found.to_dict()))["by_kind"].keys() == set(KINDS)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_steps_hold_what_they_say(name):
-    model, batch = build(name)
-    steps = module._build_up(randomised(model), module._parts_of(model))
+def test_steps_have_the_parts_that_they_name(network):
+    model, batch = network
+    steps = module._build_up(randomised(model), family_of(model))
     with torch.no_grad():
         torch.testing.assert_close(steps["MLP"](batch), model.forward_features(batch), rtol=0, atol=0)
         torch.testing.assert_close(steps["head"](batch), model(batch), rtol=0, atol=0)
@@ -119,7 +105,7 @@ def test_the_model_stays_as_it_was_and_unknown_classes_are_named():
     profile(model, images(), **QUICK)
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with pytest.raises(ValueError, match="ResNet cannot be taken apart; known are ConvNeXt, GFNet"):
+    with pytest.raises(ValueError, match="the blocks of a ResNet are not known; known classes are ConvNeXt, GFNet"):
         profile(timm.create_model("resnet10t"), images())
 
 
@@ -134,4 +120,4 @@ def test_the_verb_writes_numbers_and_picture(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{record['mixer_share_in_place']:.1%}" in text
     assert cli.run("profile", ["resnet10t", "--img-size=32"]) == 1
-    assert "cannot be taken apart" in capsys.readouterr().err
+    assert "the blocks of a ResNet are not known" in capsys.readouterr().err

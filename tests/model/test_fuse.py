@@ -1,6 +1,8 @@
 """The fuse and the fold are exact, and the tests would notice if they were not."""
 
+from collections import OrderedDict
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
@@ -8,8 +10,11 @@ import torch
 from timm.utils import ModelEmaV3, reparameterize_model
 from tiny import SIZE, images, randomised, tiny
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
 import riformer
+from riformer.distill.taps import tap
+from riformer.model.fuse import deploy_form
 from riformer.model.mixers import MIXERS, Affine, Identity
 from riformer.model.variants import VARIANTS
 
@@ -65,9 +70,11 @@ WRONG_ALGEBRA = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("wrong", WRONG_ALGEBRA)
 def test_negative_control(transform, wrong, monkeypatch):
-    monkeypatch.setattr(Affine, "fold_into", WRONG_ALGEBRA[wrong])
     model = randomised(tiny()).double()
-    assert difference(transform(model), model, images(dtype=torch.float64)) > 1e-2
+    transform(model)
+    monkeypatch.setattr(Affine, "fold_into", WRONG_ALGEBRA[wrong])
+    with pytest.raises(ValueError, match="Affine cannot be merged: the result differs by"):
+        transform(model)
 
 
 @pytest.mark.parametrize("scale", ["layer_scale1", "layer_scale2"])
@@ -168,3 +175,159 @@ def test_works_on_the_meta_device(name):
         model = timm.create_model(name)
         deploy = timm.create_model(name, mixer="identity")
     assert num_params(riformer.fuse(model)) == num_params(deploy)
+
+
+# modules that a user changed
+
+
+def parametrised(norm: str, part: str) -> nn.Module:
+    """A network whose `part` of each block computes its weight."""
+    parametrisation = getattr(nn.utils.parametrizations, norm)
+    model = randomised(tiny()).double().eval()
+    for stage in model.stages:
+        for block in stage.blocks:
+            module = block.get_submodule(part)
+            if norm == "spectral_norm" and module.weight.ndim == 1:
+                nn.utils.parametrize.register_parametrization(module, "weight", Halved())
+            else:
+                parametrisation(module, "weight")
+    return model
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("part", ["norm1", "norm2", "token_mixer", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("training", [True, False])
+def test_computed_weights_become_plain(transform, part, norm, training):
+    model, x = parametrised(norm, part), images(dtype=torch.float64)
+    expected, state = model(x), deepcopy(model.state_dict())
+    fused = transform(model.train(training))
+    assert {module.training for module in fused.modules()} == {training}
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=0)
+    assert difference(fused, model, x) < 1e-12
+    plain = tiny(mixer="identity", layer_scale_init=0 if transform is riformer.fold else 1)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "forward, before": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "pruning": lambda module: random_unstructured(module, "weight", 0.5),
+    "old weight norm": lambda module: nn.utils.weight_norm(module, "weight"),
+    "own forward": lambda module: setattr(module, "forward", lambda x: x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("part", ["norm1", "token_mixer", "mlp.fc2"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_are_refused(transform, part, hook):
+    if transform is reparameterize_model:  # in place: copying is what torch refuses of weights that hooks compute
+        transform = partial(reparameterize_model, inplace=True)
+    model = tiny()
+    HOOKS[hook](model.get_submodule(f"stages.1.blocks.0.{part}"))
+    with pytest.raises(ValueError, match=rf"{part} has hooks or a replaced forward"):
+        transform(model)
+
+
+def test_a_fuse_inside_a_tap_is_refused():
+    model = tiny()
+    refused = pytest.raises(ValueError, match=r"token_mixer has hooks .* fuse outside of `tap`")
+    with tap(model, ["stages.0.blocks.0.token_mixer"]), refused:
+        riformer.fuse(model)
+    riformer.fuse(model)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_another_norm_is_refused(transform):
+    for norm in (nn.BatchNorm2d(8), nn.GroupNorm(1, 8, affine=False)):
+        model = tiny()
+        model.stages[0].blocks[0].norm1 = norm
+        with pytest.raises(ValueError, match=r"only an nn\.GroupNorm with weight and bias"):
+            transform(model)
+
+
+class Shifting(Affine):
+    """An affine by its class that is not one: `fold_into` cannot know."""
+
+    def forward(self, y):
+        return super().forward(y.roll(1, dims=-1))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_mixer_that_is_not_what_it_folds_into_is_refused(transform):
+    model = randomised(tiny())
+    mixer = Shifting(16, (8, 8))
+    mixer.load_state_dict(model.stages[1].blocks[1].token_mixer.state_dict())
+    model.stages[1].blocks[1].token_mixer = mixer
+    with pytest.raises(ValueError, match="Shifting cannot be merged: the result differs"):
+        transform(model)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_an_mlp_that_scales_otherwise_is_refused_by_the_fold(transform):
+    model = randomised(tiny())
+    model.stages[1].blocks[1].mlp = nn.Sequential(OrderedDict(model.stages[1].blocks[1].mlp.named_children()))
+    if transform is riformer.fold:  # the same modules, without GELU: linear, so that the scale still passes
+        assert difference(transform(model), model, images()) < 1e-5
+        model.stages[1].blocks[1].mlp.append(nn.Tanh())
+        with pytest.raises(ValueError, match="LayerScale cannot be merged"):
+            transform(model)
+    else:
+        assert difference(transform(model), model, images()) < 1e-5
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_tied_parts(transform):
+    model = randomised(tiny(depths=(1, 3, 1, 1))).double()
+    blocks = model.stages[1].blocks
+    blocks[0].norm2 = blocks[0].norm1  # within a block
+    blocks[1].norm1 = blocks[0].norm1  # over blocks with different affines
+    blocks[1].mlp = blocks[0].mlp
+    blocks[2] = blocks[1]  # a block twice
+    assert difference(transform(model), model, images(dtype=torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision(transform, dtype, tolerance):
+    model = randomised(tiny()).to(dtype)
+    fused = transform(model)
+    assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
+    assert difference(fused.float(), model.float(), images()) < tolerance
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny()
+    nn.init.constant_(model.stages[1].blocks[0].norm1.weight, float("nan"))
+    with pytest.raises(ValueError, match="Affine cannot be merged: the result differs by nan"):
+        riformer.fuse(model)
+
+
+def test_a_fuse_that_leaves_mixers_says_so(caplog):
+    riformer.fuse(tiny(mixer=("pooling", "affine", "attention", "identity")))
+    assert "2 of 5 blocks keep their token mixer (pooling, attention)" in caplog.text
+    caplog.clear()
+    deploy_form(tiny(mixer="pooling"))  # what evaluation and teachers use for any network
+    reparameterize_model(tiny(mixer="pooling"))
+    riformer.fuse(tiny())
+    assert not caplog.records
+
+
+def test_the_other_order_of_the_head_survives():
+    model = randomised(tiny(pool_first=True)).double()
+    official = tiny(pool_first=False).double()
+    official.load_state_dict(model.state_dict())
+    x = images(dtype=torch.float64)
+    assert difference(official, model, x) > 1e-2
+    for transform in TRANSFORMS:
+        assert difference(transform(model), model, x) < 1e-12
+    torch.jit.script(model)

@@ -65,11 +65,8 @@ def test_what_is_pushed_is_the_folder_and_comes_back(form, hub, tmp_path):
     push(folder, "me/tiny-net", private=True)
     there = hub.root / "me/tiny-net"
     assert names(there) == names(folder)
-    for name in ("model.safetensors", "README.md"):
+    for name in names(folder):
         assert (there / name).read_bytes() == (folder / name).read_bytes(), name
-    configs = [json.loads((place / "config.json").read_text()) for place in (there, folder)]
-    configs[0]["pretrained_cfg"].pop("label_names")  # which timm writes twice for a model that was loaded
-    assert configs[0] == configs[1]
     assert hub.private == {"me/tiny-net": True}
     for reference in ("me/tiny-net", "hf-hub:me/tiny-net"):
         loaded = from_pretrained(reference)
@@ -85,7 +82,7 @@ def test_a_second_push_replaces_model_and_card(hub, tmp_path):
     assert_same(from_pretrained("me/net"), load(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("step", ["create_repo", "upload_folder", "upload_file"])
+@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
 def test_a_failed_push_leaves_the_folder_and_says_what_it_takes(step, hub, tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise ConnectionError("401 Unauthorized")

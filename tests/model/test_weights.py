@@ -66,7 +66,7 @@ def s12():
 def test_identify(name, args):
     with torch.device("meta"):
         state = timm.create_model(name, **args).state_dict()
-    assert identify(state) == (name, args)
+    assert identify(state, "poolformer" if args.get("mixer") else "") == (name, args)
 
 
 def test_identify_mmpretrain_deploy_form():
@@ -79,7 +79,8 @@ def test_identify_mmpretrain_deploy_form():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"fc.weight": torch.zeros(2, 2)}, r"no variant has depths \(\) and dims \(\).*fc\.weight"),
+        ({"fc.weight": torch.zeros(2, 2)}, r"unknown key layout: fc\.weight, "),
+        ({"features.0.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}, r"layout: fc\.bias, features\.0\.weight"),
         ({"stages.0.blocks.0.norm2.weight": torch.zeros(())}, r"no variant has depths \(1,\) and dims \(1,\)"),
     ],
 )

@@ -3,92 +3,19 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import randomised, tiny
+from run_folders import CARD_LABELS, CARD_RECIPE, CLASSES, write_run
 
 import riformer
-from riformer.config import (
-    DataConfig,
-    DistillConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    ResearchConfig,
-    TeacherConfig,
-    to_dict,
-)
+from riformer.config import ResearchConfig
 from riformer.measure.cost import count_macs, count_params
 from riformer.model.fuse import FORMS
 from riformer.pages.card import model_card
-
-LABELS = Recipe(
-    name="mine-labels",
-    seed=7,
-    data=DataConfig(name="digits", img_size=64),
-    model=ModelConfig(name="riformer_s12"),
-    optim=OptimConfig(lr=2e-3, epochs=6, warmup_epochs=1, batch_size=100, precision="fp32"),
-)
-FULL = replace(
-    LABELS,
-    name="mine",
-    teacher=TeacherConfig(mixer="global_filter", epochs=11),
-    distill=DistillConfig(
-        logit_teacher="own",
-        module_teacher="own",
-        start_from_teacher=True,
-        label_weight=0.0,
-        soft_weight=0.5,
-        block_weight=2.0,
-        schedule="cosine",
-    ),
-)
-ENV = dict(
-    date="2026-03-01T10:00:00+00:00", riformer="0.1.0", python="3.11.9", torch="2.11.0", torchvision="0.26.0",
-    timm="1.0.31", platform="Testix", device="Testcore 9000", num_threads=2, world_size=1,
-)  # fmt: skip
-CLASSES = ("ant", "bee", "cow", "dog", "elk")
-
-
-def write_run(
-    folder: Path, recipe: Recipe = FULL, split: str = "test", classes: tuple[str, ...] = CLASSES, **args: Any
-) -> Path:
-    """A run folder with a small network in best/, and with plausible numbers; `split` empty leaves it unevaluated."""
-    overlay = dict(input_size=(3, 64, 64), crop_pct=0.875, mean=(0.1, 0.2, 0.3), label_names=classes)
-    model = randomised(tiny(num_classes=len(classes), pretrained_cfg_overlay=overlay, **args))
-    riformer.save(model, folder / "best")
-    files: dict[str, dict] = {"recipe": to_dict(recipe), "env": ENV}
-    splits = {name: {"num_images": count} for name, count in (("train", 1000), ("val", 297), ("test", 500))}
-    files["data"] = dict(name=recipe.data.name, classes=classes, splits=splits)
-    files["data"]["skipped"] = [{"path": "/home/x/photos/3/broken.png", "reason": "truncated file"}]
-
-    def row(name: str, top1: float, params: int) -> dict:
-        speed = {"median": 4321.5, "low": 4200.5, "high": 4400.5}
-        name = f"riformer_s12 {name}"
-        return dict(name=name, top1=top1, top5=top1 + 5.015, loss=top1 / 700, params=params, macs=7 * params) | {
-            "images_per_s": speed
-        }
-
-    models = {"teacher": row("global_filter", 91.23, 66666)} if recipe.distill.logit_teacher else {}
-    models |= {"student": row("affine", 88.125, 55555), "deploy": row("identity", 88.0625, 44444)}
-    speed: dict[str, Any] = dict(batch_size=64, rounds=15, img_size=64, precision="fp32")
-    if "teacher" in models:
-        speed["ratio"] = {"median": 1.654, "low": 1.571, "high": 1.773}
-    fuse = dict(max_abs=2.4e-6, max_rel=3e-7, top1_agreement=1.0, num_images=500)
-    if split:
-        files["evaluation"] = ENV | dict(split=split, num_images=500, models=models, speed=speed, fuse=fuse)
-        files["evaluation"]["date"] = "2026-03-02T10:00:00+00:00"
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    lines = [dict(kind="epoch", epoch=i, step=i, val_top1=top1) for i, top1 in enumerate((50.0, 87.654, 87.654, 60.0))]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def section(card: str, title: str) -> str:
@@ -162,8 +89,8 @@ def test_how_it_was_trained(tmp_path):
 
 def test_kept_teacher_outputs_are_told(tmp_path):
     for i, (top_k, kept) in enumerate({0: "all of it", 5: "its 5 largest probabilities"}.items()):
-        distill = replace(FULL.distill, schedule="first_phase", cache_augmentations=4)
-        kept_outputs = replace(FULL, distill=distill, research=ResearchConfig(cache_top_k=top_k))
+        distill = replace(CARD_RECIPE.distill, schedule="first_phase", cache_augmentations=4)
+        kept_outputs = replace(CARD_RECIPE, distill=distill, research=ResearchConfig(cache_top_k=top_k))
         card = model_card(write_run(tmp_path / str(i), kept_outputs))
         told = (
             f"4 augmentations, taken in turns by the epochs; of the logit teacher's output on each of them, {kept} was"
@@ -173,7 +100,7 @@ def test_kept_teacher_outputs_are_told(tmp_path):
 
 
 def test_what_was_not_is_not_told(tmp_path):
-    training = section(model_card(write_run(tmp_path / "run", LABELS)), "Training")
+    training = section(model_card(write_run(tmp_path / "run", CARD_LABELS)), "Training")
     assert "Loss: 1 × label, labels smoothed by 0.1." in training
     assert "There was no teacher." in training
     assert "started from" not in training
@@ -216,9 +143,9 @@ def test_an_evaluation_on_val_is_said_to_favour(tmp_path):
 )
 @pytest.mark.parametrize("teacher", ["/home/x/runs/pool", "local-dir:/home/x/pool", "timm:vit_tiny@/home/x/pool"])
 def test_no_path_of_the_machine_is_told(name, shown, teacher, tmp_path):
-    data = replace(FULL.data, name=name, root="/home/x/root")
-    distill = replace(FULL.distill, logit_teacher=teacher, module_teacher="timm:poolformer_s12")
-    card = model_card(write_run(tmp_path, replace(FULL, data=data, distill=distill)))
+    data = replace(CARD_RECIPE.data, name=name, root="/home/x/root")
+    distill = replace(CARD_RECIPE.distill, logit_teacher=teacher, module_teacher="timm:poolformer_s12")
+    card = model_card(write_run(tmp_path, replace(CARD_RECIPE, data=data, distill=distill)))
     for word in ("home", "Users", "C:", "root", "runs", "/x", "broken.png", str(tmp_path), "Testix"):
         assert word not in card
     assert f"| data | {shown}: 1,000 train" in card
@@ -244,6 +171,28 @@ def test_preprocessing_and_versions(tmp_path):
     assert "bicubic resize, centre crop of 0.875 of the side to 3 × 64 × 64; minus mean (0.1, 0.2, 0.3)" in card
     assert "- Trained on 2026-03-01 with riformer 0.1.0, torch 2.11.0" in card
     assert "- Evaluated on 2026-03-02 with riformer 0.1.0" in card
+
+
+@pytest.mark.parametrize(
+    ("noted", "said"),
+    [
+        (dict(crop_mode="center"), "bicubic resize, centre crop of 0.875 of the side to 3 × 64 × 64"),
+        (
+            dict(crop_mode="squash", interpolation="bilinear"),
+            "bilinear resize that changes the aspect ratio, centre",
+        ),
+        (
+            dict(crop_mode="border"),
+            "resize of the longer side, centre crop of 0.875 of the side with borders in the",
+        ),
+        (dict(input_size=(3, 64, 96)), "centre crop of 0.875 of each side to 3 × 64 × 96"),
+    ],
+)
+def test_preprocessing_is_what_the_model_notes(noted, said, tmp_path):
+    card = model_card(write_run(tmp_path, noted=noted))
+    assert said in section(card, "Preprocessing")
+    height, width = noted.get("input_size", (3, 64, 64))[1:]
+    assert f"for an image of {height} × {width} pixels" in card
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,27 +1,21 @@
 """The page about a ladder: whole, from run folders, with every figure; and where a token looks."""
 
-import dataclasses
 import re
 
 import pytest
 import torch
+from run_folders import small_ladder
 from tiny import tiny
 from torch.testing import assert_close
 
 from riformer.pages.ladder import receptive_field, write_ladder_report
-from riformer.recipes import RUNGS, at_budget, quickstart
-from riformer.study.ladder import run_ladder
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    base = quickstart()
-    optim = dataclasses.replace(base.optim, epochs=1, warmup_epochs=0, batch_size=500)
-    base = dataclasses.replace(base, optim=optim, teacher=dataclasses.replace(base.teacher, epochs=1))
     folder = tmp_path_factory.mktemp("ladder")
     for times, rungs in ((1, ("mixer", "deleted", "full")), (2, ("mixer", "full"))):
-        recipes = [RUNGS[rung](at_budget(dataclasses.replace(base, seed=s), times)) for s in (0, 1) for rung in rungs]
-        run_ladder(recipes, folder, lambda line: None)
+        small_ladder(folder, rungs, times, seeds=(0, 1))
     return folder
 
 

@@ -1,47 +1,15 @@
 """The page about measured speed: what it computes from bench results, and that quoted numbers are marked as quoted."""
 
 import copy
-import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from run_folders import make_bench, speed_report_of, spread
 
 from riformer import cli
 from riformer.measure.quoted import QUOTED
 from riformer.pages.speed import best, pareto, read_bench, write_speed_report
-
-PEAKS = {"float32": 58e9, "bfloat16": 114e9}
-
-
-def spread(value):
-    return {"median": value, "low": 0.98 * value, "high": 1.03 * value}
-
-
-def make_row(model, backend, precision, rate, first, macs=1.8e9, peak_mib=None):
-    row = dict(model=model, backend=backend, precision=precision, params=12_000_000, size_mib=22.9, macs=macs)
-    row |= dict(peak_mib=peak_mib, max_rel=2e-3, top1_agreement=0.875, rates=[rate] * 3)
-    row |= dict(images_per_s=spread(rate), ratio=spread(rate / first))
-    if precision != "int8":
-        peak = PEAKS["float32" if precision == "fp32" else "bfloat16"]
-        row |= dict(of_products_alone=spread(0.9), of_peak=rate * macs / peak)
-    return row
-
-
-def make_bench(file: Path, *rows, batch_sizes=(8,), img_size=224):
-    env = dict(date="2026-03-01T10:00:00+00:00", riformer="0.1.0", torch="2.11.0", timm="1.0.31")
-    env |= dict(device="Testcore <9000>", num_threads=1, world_size=1, instruction_sets=["avx2"])
-    made = [make_row(*row, first=rows[0][3]) if len(row) == 4 else row for row in rows]
-    groups = [
-        dict(env=env, batch_size=b, img_size=img_size, num_threads=1, rounds=3, macs_per_s_peak=PEAKS, rows=made)
-        for b in batch_sizes
-    ]
-    competitors = [{key: row[key] for key in ("model", "backend", "precision")} for row in made]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(kind="bench", competitors=competitors, rounds=3, seconds=0.2, groups=groups)))
-    return file
-
 
 ENGINES = (
     *(("riformer_s12", "eager", "fp32", 15.0), ("riformer_s12", "openvino", "bf16", 40.0)),
@@ -54,19 +22,13 @@ NETWORKS = (
 )
 
 
-def page_of(*files):
-    destination = files[0].parent / "out" / "speed.html"
-    assert write_speed_report(list(files), destination) == destination
-    return destination.read_text()
-
-
 def cells_of(page, label):
     row = re.search(rf'<th scope="row">{re.escape(label)}</th>(.*?)</tr>', page, re.DOTALL)[1]
     return [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL)]
 
 
 def test_every_row_stands_beside_its_error_and_its_limit(tmp_path):
-    page = page_of(make_bench(tmp_path / "cpu.json", *ENGINES, batch_sizes=(1, 8)))
+    page = speed_report_of(make_bench(tmp_path / "cpu.json", *ENGINES, batch_sizes=(1, 8)))
     rate, ratio, alone, peak, size, macs, error, same = cells_of(page, "ours bf16")
     assert rate == "51 50 to 52.5"
     assert ratio.startswith("3.40×")
@@ -86,14 +48,14 @@ def test_the_headline_is_the_largest_lead_of_the_first_network_that_runs_on_ours
     bench.groups.append(other)
     group, fastest, first, ratio = best(bench)
     assert (group["batch_size"], fastest["backend"], first["backend"], ratio) == (1, "openvino", "eager", 6)
-    page = page_of(tmp_path / "bench.json")
+    page = speed_report_of(tmp_path / "bench.json")
     assert "Fastest on RIFormer-S12: <strong>ours bf16</strong>, 3.40 times eager fp32" in page
-    page = page_of(make_bench(tmp_path / "peers.json", *NETWORKS))
+    page = speed_report_of(make_bench(tmp_path / "peers.json", *NETWORKS))
     assert "Fastest on RIFormer-S12: <strong>ours bf16</strong>, 1.27 times openvino bf16" in page
 
 
 def test_accuracies_are_quoted_with_their_sources_and_only_where_they_were_published(tmp_path):
-    page = page_of(make_bench(tmp_path / "peers.json", *NETWORKS))
+    page = speed_report_of(make_bench(tmp_path / "peers.json", *NETWORKS))
     assert cells_of(page, "RIFormer-S12, ours bf16")[:2] == ["76.90", "4,900"]
     assert cells_of(page, "RSB-ResNet-50, openvino bf16")[:2] == ["79.80", "2,733"]
     assert cells_of(page, "vgg11, eager fp32")[:2] == ["–", "–"]
@@ -102,7 +64,7 @@ def test_accuracies_are_quoted_with_their_sources_and_only_where_they_were_publi
     assert QUOTED["convnext_tiny"].source not in page
     assert "not reproduced" in page
     assert "Pareto line" in page
-    large = page_of(make_bench(tmp_path / "large.json", *NETWORKS, img_size=384))
+    large = speed_report_of(make_bench(tmp_path / "large.json", *NETWORKS, img_size=384))
     assert "Pareto line" not in large
     assert "quoted<" not in large
 

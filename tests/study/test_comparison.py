@@ -51,8 +51,8 @@ def test_a_difference_says_whether_it_is_clear():
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_recipes_name_tells_ladder_and_rung(rung):
-    base = at_budget(RECIPES["glyphs-paper"](), 3)
-    assert split_name(RUNGS[rung](base).name) == ("glyphs-paper-3x", rung)
+    base = at_budget(RECIPES["glyphs-riformer"](), 3)
+    assert split_name(RUNGS[rung](base).name) == ("glyphs-riformer-3x", rung)
 
 
 def test_every_step_is_between_rungs():

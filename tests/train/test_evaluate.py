@@ -1,4 +1,4 @@
-"""Accuracy of a model: exact counts, over processes too, in memory that grows with the images alone."""
+"""Accuracy: exact counts, over processes too, and memory that does not grow with the square of the classes."""
 
 import os
 from multiprocessing import get_context

@@ -1,6 +1,6 @@
 """Writes the recorded results into docs/ and the README, between their markers, and draws the ladder's figure.
 
-python benchmarks/show.py
+python tools/show.py
 """
 
 import json
@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from options import RESULTS
 
 from riformer.atomic import replace_file, write_text
 from riformer.measure.quoted import LADDER, QUOTED
@@ -20,6 +18,7 @@ from riformer.study.comparison import Comparison, markdown
 
 INSTRUCTIONS = {"amx": "AMX", "avx512_bf16": "AVX-512 and its bf16", "avx512": "AVX-512", "avx2": "AVX2"}
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -58,10 +57,10 @@ def shares(folder: Path) -> str:
     """The latency analyses in a folder as Markdown."""
     lines = ["| | token mixers, built up | in place | the parts, of the whole |", "|---|---|---|---|"]
     for file in sorted(folder.glob("*.json")):
-        found = json.loads(file.read_text())
-        built_up, in_place = found["mixer_share_built_up"], found["mixer_share_in_place"]
-        name = network_name(found["model"])
-        lines.append(f"| {name} | {built_up:.1%} | {in_place:.1%} | {found['sum_of_whole']:.1%} |")
+        profile = json.loads(file.read_text())
+        built_up, in_place = profile["mixer_share_built_up"], profile["mixer_share_in_place"]
+        name = network_name(profile["model"])
+        lines.append(f"| {name} | {built_up:.1%} | {in_place:.1%} | {profile['sum_of_whole']:.1%} |")
     return "\n".join(lines)
 
 
@@ -88,7 +87,7 @@ def ladder() -> Comparison:
 
 
 def blocks() -> dict[Path, dict[str, str]]:
-    """What stands between the markers of each page, by marker."""
+    """The text between the markers of each page, by marker."""
 
     def read(name: str) -> dict[str, Any]:
         return json.loads((RESULTS / f"{name}.json").read_text())
@@ -98,12 +97,12 @@ def blocks() -> dict[Path, dict[str, str]]:
         for file in (RESULTS / machine).glob("*.json"):
             name = f"{machine}/{file.stem}"
             made[name] = pace(read(name)) if file.stem == "resolution" else table(read(name))
-    found = ladder()
-    told = "\n".join(found.headline())
+    comparison = ladder()
+    sentences = "\n".join(comparison.headline())
     return {
         ROOT / "docs" / "speed.md": made,
-        ROOT / "docs" / "results.md": {"ladder_headline": told, "ladder": markdown(found, LADDER)},
-        ROOT / "README.md": {"speed": headline(read("amx/cpu_riformer_s12")), "ladder": told},
+        ROOT / "docs" / "results.md": {"ladder_headline": sentences, "ladder": markdown(comparison, LADDER)},
+        ROOT / "README.md": {"speed": headline(read("amx/cpu_riformer_s12")), "ladder": sentences},
     }
 
 

@@ -1,11 +1,11 @@
 """How the kernels compute GELU: on a CPU `x * (1/2 + u * P(2 u^2 / c^2 - 1))`, u = x clamped to [-c, c].
 
-Fits P of each number of terms to the error of GELU itself, as near to the smallest largest error as reweighted least
-squares come (Lawson), with P such that GELU is exact beyond the clamp. Prints the coefficients that stand in
-riformer/runtime, and the error that they leave in float32. On a GPU it is y * (1 + tanh(y * (y^2 + a))) / (2 s) with
+Fits P with each number of terms so that the largest error of GELU is nearly as small as possible (Lawson's reweighted
+least squares), under the condition that GELU is exact beyond the clamp. Prints the coefficients that riformer/runtime
+uses, and their error in float32. On a GPU it is y * (1 + tanh(y * (y^2 + a))) / (2 s) with
 y = s x: fits s and a.
 
-    python benchmarks/fit_gelu.py
+    python tools/fit_gelu.py
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def largest_error(coefficients: np.ndarray, clamp: float) -> float:
 
 
 def fit_tanh() -> tuple[float, float, float]:
-    """s and a, and the error that they leave."""
+    """s and a, and their largest error."""
     x = np.linspace(-8, 8, 40_001)
 
     def error(parameters: np.ndarray) -> float:
@@ -56,6 +56,6 @@ def fit_tanh() -> tuple[float, float, float]:
 if __name__ == "__main__":
     print("tanh: s {:.11f}, a {:.10f}, largest error {:.1e}".format(*fit_tanh()))
     for name, num_terms, clamp in (("close", 14, 5.3), ("fast", 8, 4.2)):
-        found = fit(num_terms, clamp)
-        print(f"{name}: {num_terms} terms, clamp {clamp}, largest error {largest_error(found, clamp):.1e}")
-        print("  " + ", ".join(f"{value:.9e}f" for value in found))
+        coefficients = fit(num_terms, clamp)
+        print(f"{name}: {num_terms} terms, clamp {clamp}, largest error {largest_error(coefficients, clamp):.1e}")
+        print("  " + ", ".join(f"{value:.9e}f" for value in coefficients))

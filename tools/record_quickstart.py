@@ -1,6 +1,6 @@
 """Writes docs/results/quickstart.json from the runs of `make quickstart`, and prints the table of docs/paper-map.md.
 
-Usage: .venv/bin/python docs/record_quickstart.py [runs/quickstart]
+python tools/record_quickstart.py [runs/quickstart]
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from riformer.train.run import Run
 
-RESULTS = Path(__file__).parent / "results" / "quickstart.json"
-ROWS = {  # recipe, role in its evaluation -> what the table calls it
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "quickstart.json"
+ROWS = {  # recipe and role in its evaluation -> name of the row
     ("quickstart", "teacher"): "teacher, global filter, labels",
     ("quickstart-labels", "deploy"): "labels alone",
     ("quickstart-labels-long", "deploy"): "labels alone, with the teacher's steps as well",
@@ -50,4 +50,4 @@ def table(record: dict[str, Any]) -> str:
 if __name__ == "__main__":
     recorded = collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))
     RESULTS.write_text(json.dumps(recorded, indent=2) + "\n")
-    print(table(recorded))  # noqa: T201
+    print(table(recorded))

@@ -1,7 +1,7 @@
 """Renders letters and digits of every usable typeface of this machine into glyphs.npz: `--data.name glyphs`.
 
-    xargs apt-get install -y < benchmarks/data/font-packages.txt   # Debian's, a few GB; or any fonts that you have
-    python benchmarks/data/glyphs.py ~/.cache/riformer
+    xargs apt-get install -y < tools/font-packages.txt   # Debian's, a few GB; or any fonts that you have
+    python tools/glyphs.py ~/.cache/riformer
 
 A-Z and 2-9, light on black, 64 x 64 pixels, the longest side 48, centred; 0 and 1 look like O and I, lower case like
 upper case. Left out are faces that lack a letter, show the same sign for several, or do not look like letters. Faces of
@@ -113,7 +113,7 @@ def like_letters(faces: list[Face]) -> list[Face]:
 
 
 def linked(faces: list[Face]) -> list[Face]:
-    """The faces without copies, families that share nearly a face under one name: the first of theirs."""
+    """The faces without copies; families that share nearly the same face get one name, the alphabetically first."""
     vectors = correlations(np.stack([face.images for face in faces])).reshape(len(faces), -1) / len(CLASSES) ** 0.5
     leader = {face.family: face.family for face in faces}
 
@@ -145,8 +145,8 @@ def main() -> None:
     parser.add_argument("--fonts", type=Path, nargs="+", default=FOLDERS, help="folders with .otf and .ttf files")
     options = parser.parse_args()
     console = Console(stderr=True)
-    found = {file for folder in options.fonts for file in Path(folder).expanduser().rglob("*")}
-    files = sorted(f for f in found if f.suffix.lower() in (".otf", ".ttf") and not NOT_LETTERS.search(f.name))
+    candidates = {file for folder in options.fonts for file in Path(folder).expanduser().rglob("*")}
+    files = sorted(f for f in candidates if f.suffix.lower() in (".otf", ".ttf") and not NOT_LETTERS.search(f.name))
     if not files:
         parser.error(f"no .otf or .ttf files in {', '.join(map(str, options.fonts))}")
     with Pool() as pool:

@@ -1,0 +1,30 @@
+"""The configuration of a training: its knobs, which values and combinations they allow, and recipes as JSON."""
+
+from riformer.config.knobs import (
+    AugmentConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    ResearchConfig,
+    TeacherConfig,
+)
+from riformer.config.rules import check, drop_idle
+from riformer.config.serialise import from_dict, to_dict, upgrade
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "DistillConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Recipe",
+    "ResearchConfig",
+    "TeacherConfig",
+    "check",
+    "drop_idle",
+    "from_dict",
+    "to_dict",
+    "upgrade",
+]
