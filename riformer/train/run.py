@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 REPAIR = {  # what to do about a damaged file; the others are written again
     "recipe.json": "restore it from a copy, or train into another --out",
-    "data.json": "it holds the class names and the split: restore it from a copy, or train into another --out",
-    "inputs.json": "it holds checksums of the teachers: restore it from a copy, or train into another --out",
+    "data.json": "the class names and the split are in it; restore it from a copy, or train into another --out",
+    "inputs.json": "the checksums of the teachers are in it; restore it from a copy, or train into another --out",
     "evaluation.json": "delete it and run `riformer eval` on the run",
 }
 
@@ -161,9 +161,9 @@ class Run:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is not JSON ({error}); {repair}") from error
+            raise ValueError(f"{file} is not JSON ({error}): it is damaged; {repair}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{file} is damaged: it holds a JSON {type(content).__name__}, not an object; {repair}")
+            raise ValueError(f"{file} holds no JSON object: it is damaged; {repair}")
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
