@@ -11,7 +11,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 quickstart: install ## trains, compares, fuses, evaluates, predicts and reports on the built-in digits, in minutes
-	$(BIN)/riformer ladder --recipe quickstart --seeds [0,1,2] --jobs 2 --out $(RUNS)
+	$(BIN)/riformer ladder --recipe quickstart --seeds 0 1 2 --jobs 2 --out $(RUNS)
 	$(BIN)/riformer fuse $(RUNS)/quickstart-seed0 $(RUNS)/riformer-digits.safetensors
 	$(BIN)/riformer predict $(RUNS)/riformer-digits.safetensors examples/digits --top-k 2
 	$(BIN)/riformer report $(RUNS)
@@ -23,7 +23,7 @@ timm-tests: install ## timm's own model tests on these models; fetches timm's so
 	$(BIN)/python tests/timm_suite.py
 
 ladder-smoke: install ## two rungs and two seeds of a ladder on the built-in digits, and its page, in a minute
-	$(BIN)/riformer ladder --recipe quickstart --rungs '["identity","full"]' --seeds [0,1] --jobs 2 --out runs/ladder-smoke \
+	$(BIN)/riformer ladder --recipe quickstart --rungs identity full --seeds 0 1 --jobs 2 --out runs/ladder-smoke \
 		--optim.epochs 3 --optim.warmup-epochs 0 --teacher.epochs 3
 	$(BIN)/riformer report --ladder runs/ladder-smoke
 

@@ -11,8 +11,8 @@ from functools import partial
 from itertools import product
 
 from options import of_machine, options, turn_seconds
-from rich.console import Console
 
+from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
 
@@ -31,7 +31,7 @@ def main() -> None:
     files = {model: given.out / f"cpu_{model}.json" for model in models}
     for batch_size, threads, (model, file) in product(batch_sizes, (1, 2), files.items()):
         entries = [Competitor(model, name, precision) for name in engines for precision in ENGINES[name]]
-        status = partial(console.log, model, highlight=False)
+        status = partial(console.log, model)
         memory = threads == 1 and batch_size == 8
         where = ([batch_size], [img_size], [threads], file)
         bench(entries, *where, given.rounds, turn_seconds(given.smoke), memory, status)

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from options import RESULTS, options, turn_seconds
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
+from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
 from riformer.measure.latency import Spread
@@ -104,7 +104,7 @@ def main() -> None:
             if time.monotonic() - began > 60 * given.minutes:
                 left.append(f"{name} at {img_size} px")
                 continue
-            status = partial(console.log, name, highlight=False)
+            status = partial(console.log, name)
             where = ([batch_size], [img_size], [1], file)
             bench(entries, *where, given.rounds, turn_seconds(given.smoke), not given.smoke, status)
         if file.exists():
@@ -116,7 +116,7 @@ def main() -> None:
         table.add_row(text, "–" if value is None else f"{value:,.4g}", f"{'≥' if more else '≤'} {bar:,g}", met)
     console.print(table)
     if left:
-        console.print(f"left for the next call: {', '.join(left)}", highlight=False)
+        console.print(f"left for the next call: {', '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options import RESULTS
-from rich.console import Console
 
 from riformer.atomic import write_text
+from riformer.cli.console import Console
 from riformer.cli.progress import TrainProgress
 from riformer.config import ModelConfig, Recipe
 from riformer.measure.quoted import LADDER
@@ -143,9 +143,9 @@ def main() -> None:
     if not (records := read(out)):
         parser.error(f"nothing is recorded in {out}: run it without --table first")
     comparison = Comparison(records)
-    console.print(markdown(comparison, LADDER), markup=False, highlight=False, soft_wrap=True)
+    console.print(markdown(comparison, LADDER), soft_wrap=True)
     for sentence in comparison.headline():
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import json
 
 import torch
 from options import RESULTS, options
-from rich.console import Console
 
 from riformer.atomic import write_text
+from riformer.cli.console import Console
 from riformer.cli.tables import print_profile
 from riformer.measure.bench import open_network
 from riformer.measure.profile import profile

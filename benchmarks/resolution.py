@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 from options import of_machine, options, turn_seconds
-from rich.console import Console
 
+from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
 
@@ -24,14 +24,14 @@ def main() -> None:
     model, sizes = ("riformer_s12", (224, 320, 384, 512)) if not given.smoke else ("riformer_micro", (32, 48))
     entries = [Competitor(model, "ours", precision) for precision in ("fp32", "bf16")]
     console = Console()
-    status = partial(console.log, highlight=False)
+    status = partial(console.log)
     where = ([given.batch_size], sizes, [1], given.out)
     result = bench(entries, *where, given.rounds, turn_seconds(given.smoke), memory=False, status=status)
     print_bench(result, console)
     for i, entry in enumerate(entries):
         pace = [max(g["rows"][i]["rates"]) * g["img_size"] ** 2 for g in result["groups"]]
         paces = ", ".join(f"{g['img_size']} px {p / pace[0]:.3f}" for g, p in zip(result["groups"], pace, strict=True))
-        console.print(f"{entry}, pixels per second beside {sizes[0]} px: {paces}", highlight=False)
+        console.print(f"{entry}, pixels per second beside {sizes[0]} px: {paces}")
 
 
 if __name__ == "__main__":

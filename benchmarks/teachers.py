@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.console import Console
-
+from riformer.cli.console import Console
 from riformer.cli.progress import TrainProgress
 from riformer.config import DistillConfig, Recipe, TeacherConfig, drop_idle
 from riformer.recipes import FULL, RECIPES, labels, teacher_recipe

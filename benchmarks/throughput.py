@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 from options import of_machine, options, turn_seconds
-from rich.console import Console
 
+from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
 
@@ -33,7 +33,7 @@ def main() -> None:
     entries += [Competitor(f"riformer_{size}", engine, "bf16") for size in sizes]
     entries += [Competitor(f"riformer_{size}", "ours", "bf16") for size in sizes]
     console = Console()
-    status = partial(console.log, highlight=False)
+    status = partial(console.log)
     where = ([given.batch_size], [pixels], [given.threads], given.out)
     print_bench(bench(entries, *where, given.rounds, turn_seconds(given.smoke), memory=False, status=status), console)
 

@@ -139,23 +139,23 @@ def labels(recipe: Recipe) -> Recipe:
 
 
 def labels_long(recipe: Recipe) -> Recipe:
-    """The same network on labels alone, the steps of its own teacher's training, if any, spent on it as well."""
+    """The same network on labels alone, for the steps of the recipe and of its own teacher's training together."""
     epochs = recipe.optim.epochs + recipe.teacher.epochs * recipe.distill.trains_teacher
     return replace(labels(recipe), name=f"{recipe.name}-labels-long", optim=replace(recipe.optim, epochs=epochs))
 
 
 def mixer(recipe: Recipe) -> Recipe:
-    """The network with its token mixer kept (that of a teacher of its own), on labels: the paper's PoolFormer."""
+    """The network that keeps its token mixer, the teacher's, on labels alone; the paper's is a PoolFormer."""
     return _rung(recipe, "mixer", recipe.teacher.mixer, LABELS)
 
 
 def identity(recipe: Recipe) -> Recipe:
-    """The network without token mixer and without stand-in, on labels alone."""
+    """The network with an identity as token mixer, on labels alone."""
     return _rung(recipe, "identity", "identity", LABELS)
 
 
 def deleted(recipe: Recipe) -> Recipe:
-    """The network without token mixer and without its branch, on labels alone: what identity's x + norm(x) costs."""
+    """The network whose blocks are MLPs alone, on labels: identity computes x + norm(x), this leaves x as it is."""
     return _rung(recipe, "deleted", "nothing", LABELS)
 
 
@@ -180,17 +180,17 @@ def soft_labels(recipe: Recipe) -> Recipe:
 
 
 def affine(recipe: Recipe) -> Recipe:
-    """Soft, with an affine in the mixer's place."""
+    """Soft, with an affine as token mixer, which a fuse merges into the norm before it."""
     return _rung(recipe, "affine", "affine", _logits_alone(recipe, soft=1.0))
 
 
 def imitation(recipe: Recipe) -> Recipe:
-    """The recipe as it is, but from fresh weights: imitation without the teacher's weights."""
+    """The recipe from random weights: it imitates the teacher's modules but does not start from their weights."""
     return _rung(recipe, "imitation", recipe.model.mixer, replace(recipe.distill, start_from_teacher=False))
 
 
 def start(recipe: Recipe) -> Recipe:
-    """The recipe as it is, but without imitation: the teacher's weights alone."""
+    """The recipe without imitation: it starts from the teacher's weights."""
     distill = replace(recipe.distill, block_weight=0.0, mixer_weight=0.0, relation_weight=0.0)
     return _rung(recipe, "start", recipe.model.mixer, replace(distill, schedule="constant"))
 
@@ -212,7 +212,7 @@ def _mixer_in(recipe: Recipe, name: str, stage: int) -> Recipe:
 
 
 def overlap(recipe: Recipe) -> Recipe:
-    """Deleted, with kernels twice as wide between the stages: convolutions, of which there are few, mix instead."""
+    """Deleted, with kernels twice as wide between the stages, so that these few convolutions mix tokens."""
     model = replace(recipe.model, down_patch=2 * (recipe.model.down_patch or 3))
     return replace(deleted(replace(recipe, model=model)), name=f"{recipe.name}-overlap")
 
@@ -226,7 +226,7 @@ def deeper(recipe: Recipe) -> Recipe:
 
 
 def fitted(recipe: Recipe) -> Recipe:
-    """The recipe as it is, but its affines start as near to the teacher's mixers as they can: least squares."""
+    """The recipe with affines that are first fitted to the teacher's mixers by least squares."""
     return replace(recipe, name=f"{recipe.name}-fitted", research=replace(recipe.research, fit_affine_batches=8))
 
 
@@ -320,7 +320,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}
 """Recipes that had another name in earlier versions, with the name of today."""
 
-RUNGS: dict[str, Rung] = {  # the controls, then the paper's ladder, which ends with full; then what varies its steps
+RUNGS: dict[str, Rung] = {  # in the order of tables and pages
     "labels": labels,
     "labels-long": labels_long,
     "mixer": mixer,
@@ -346,3 +346,8 @@ RUNGS: dict[str, Rung] = {  # the controls, then the paper's ladder, which ends 
     "fitted": fitted,
 }
 DEFAULT_RUNGS = ("labels", "labels-long", "full")
+RUNG_GROUPS = {
+    "the paper's ladder": ("identity", "hard", "soft", "affine", "imitation", "full"),
+    "controls, on labels alone": ("mixer", "labels", "labels-long", "deleted"),
+}
+RUNG_GROUPS["research"] = tuple(name for name in RUNGS if not any(name in names for names in RUNG_GROUPS.values()))

@@ -12,6 +12,8 @@ import pytest
 from scripts import load_script
 
 import riformer_cli
+from riformer.cli.recipe import KNOBS
+from riformer.config.knobs import option
 from riformer.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +56,7 @@ def shrunk(command: str, more: str = "") -> list[str]:
         "train": f"{SMALL} {more}",
         "bench": "--img_sizes [32] --batch_sizes [2] --rounds 3 --seconds 0.001 --memory false",
     }
-    smaller |= {"ladder": smaller["train"], "profile": "--batch_size 1 --rounds 3"}
+    smaller |= {"ladder": smaller["train"], "profile": "--batch-size 1 --rounds 3"}
     return arguments + smaller.get(arguments[0], "").split()
 
 
@@ -71,7 +73,7 @@ def test_the_quickstart_of_the_makefile_runs(tmp_path):
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
     commands = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()]
     assert [command.split()[1] for command in commands] == ["ladder", "fuse", "predict", "report"]
-    for name, value in (("$(RUNS)", "runs/quickstart"), ("[0,1,2]", "[0]"), ("examples/", f"{ROOT}/examples/")):
+    for name, value in (("$(RUNS)", "runs/quickstart"), ("0 1 2", "0"), ("examples/", f"{ROOT}/examples/")):
         commands = [command.replace(name, value) for command in commands]
     run_all([shrunk(command, "--optim.batch-size 500") for command in commands], tmp_path)
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 50_000
@@ -90,6 +92,39 @@ def test_the_commands_for_own_images_run(tmp_path, image_folder):
     assert (tmp_path / "my-model/README.md").is_file()
     assert (tmp_path / "speed.html").is_file()
     assert (tmp_path / "profile/profile.svg").is_file()
+
+
+GLOB = re.compile(r"[*?\[\]{}~]")
+PAGES = [ROOT / "README.md", ROOT / "Makefile", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
+
+
+def commands(page: str) -> list[str]:
+    """Command lines of `riformer` in code blocks, code spans and recipes of make, without their comments."""
+    joined = re.sub(r"\\\n\s*", " ", page).replace("$(BIN)/", "").replace(".venv/bin/", "")
+    lines = [line.strip() for line in joined.splitlines()]
+    spans = re.findall(r"`([^`]+)`", joined.replace("\n", " "))
+    return [text.split("  #")[0] for text in [*lines, *spans] if re.match(r"(riformer|torchrun|python) |--\w", text)]
+
+
+def unquoted(command: str) -> str:
+    """The command without what stands in quotes."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+
+
+def test_no_command_has_a_character_that_a_shell_expands():
+    """`[0,1,2]` is a pattern: with a file named 1 in the folder, bash passes 1, and zsh fails without one."""
+    shown = [(page.name, command) for page in PAGES for command in commands(page.read_text())]
+    assert len(shown) > 30
+    assert [(name, command) for name, command in shown if GLOB.search(unquoted(command).replace("...", ""))] == []
+    assert GLOB.search(unquoted(commands("\trun\n\t$(BIN)/riformer ladder --seeds [0,1,2]")[0]))
+    assert not GLOB.search(unquoted("riformer train --model.args '{\"a\": [1]}'"))
+
+
+def test_options_in_the_docs_are_spelt_with_dashes_and_exist():
+    options = {option(knob) for knob in KNOBS}
+    for page in PAGES:
+        for name in re.findall(r"--[a-z]+\.[\w-]+", page.read_text()):
+            assert name in options, f"{name} in {page.name}"
 
 
 def test_docs_name_files_verbs_and_recipes_that_exist():

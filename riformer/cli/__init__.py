@@ -3,9 +3,7 @@
 import logging
 from collections.abc import Callable
 
-from jsonargparse import set_parsing_settings
-from rich.logging import RichHandler
-
+from riformer.cli.console import LogHandler
 from riformer.cli.models import convert_verb, fuse_verb, predict_verb, publish
 from riformer.cli.options import errors
 from riformer.cli.overview import list_verb, report
@@ -29,22 +27,14 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 def run(verb: str, argv: list[str]) -> int:
     """Runs a verb and returns the exit code. What the user can mend is one message, not a traceback."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    handler = RichHandler(console=errors, show_time=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler(errors)])
     logging.getLogger("riformer").setLevel(logging.INFO)
     try:
-        return VERBS[verb]([_underscored(argument) for argument in argv])
+        return VERBS[verb](argv)
     except (ValueError, RuntimeError, OSError) as error:
-        errors.print(f"[bold red]riformer {verb}:[/] ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"riformer {verb}: ", style="bold red", end="")
+        errors.print(str(error), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         errors.print(f"riformer {verb}: interrupted; the same command goes on where it stopped")
         return 130
-
-
-def _underscored(argument: str) -> str:
-    """`--data.on-bad=x` as `--data.on_bad=x`."""
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if argument.startswith("--") else argument

@@ -39,7 +39,7 @@ def fuse_verb(argv: list[str]) -> int:
         raise ValueError(f"{options.source} mixes tokens ({mixers}), which nothing can merge away")
     fused, difference = _in_form("folded" if options.fold else "deploy", model, options.tolerance)
     save(fused, options.destination)
-    console.print(f"{options.destination}: {_outcome(model, fused, difference)}", highlight=False)
+    console.print(f"{options.destination}: {_outcome(model, fused, difference)}")
     return 0
 
 
@@ -53,9 +53,9 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument(
         "images", type=str, nargs="+", help="image files, folders, or - for one image on standard input"
     )
-    parser.add_argument("--top_k", type=int, default=1, help="classes to name for each image, the most probable first")
+    parser.add_argument("--top-k", type=int, default=1, help="classes to name for each image, the most probable first")
     parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
-    parser.add_argument("--batch_size", type=int, default=32, help="images computed at once")
+    parser.add_argument("--batch-size", type=int, default=32, help="images computed at once")
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
     images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
@@ -69,7 +69,7 @@ def predict_verb(argv: list[str]) -> int:
         if options.json:
             print(json.dumps(_as_json(prediction)), flush=True)  # noqa: T201
         elif prediction.error:
-            errors.print(prediction.error, markup=False, highlight=False, soft_wrap=True)
+            errors.print(prediction.error, soft_wrap=True)
         else:
             table.add_row(prediction.path, *[f"{name} {probability:.1%}" for name, probability in prediction.classes])
     if table.rows:
@@ -101,10 +101,10 @@ def publish(argv: list[str]) -> int:
     card, model = model_card(options.run, options.form, options.push), load(best)
     published, difference = _in_form(options.form, model)
     save_pretrained(published, options.folder, card)
-    console.print(f"{options.folder}: {_outcome(model, published, difference)}; README.md is its card", highlight=False)
+    console.print(f"{options.folder}: {_outcome(model, published, difference)}; README.md is its card")
     if options.push:
         push(options.folder, options.push, options.private)
-        console.print(f"pushed: hf-hub:{options.push}", highlight=False)
+        console.print(f"pushed: hf-hub:{options.push}")
     return 0
 
 
@@ -129,7 +129,7 @@ def convert_verb(argv: list[str]) -> int:
         options.source, options.destination, options.model, options.form, not options.plain, not options.unverified
     )
     model = load(written)
-    console.print(f"{written}: {describe(model)}, {count_params(model):,} parameters", highlight=False)
+    console.print(f"{written}: {describe(model)}, {count_params(model):,} parameters")
     return 0
 
 

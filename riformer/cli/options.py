@@ -1,76 +1,63 @@
 """What the verbs share: consoles, parsers, and what a command line names."""
 
-import json
-from argparse import ArgumentParser as PlainParser
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from rich.console import Console
 from torch import nn
 
-from riformer.config import Recipe, from_dict, upgrade
+from riformer.cli.console import Console
+from riformer.cli.parsing import Parser
 from riformer.model.weights import load
-from riformer.recipes import RECIPES
 from riformer.train.distributed import is_main_process
-from riformer.train.run import Run
 
 console = Console()
 errors = Console(stderr=True)
 
-
-def verb_parser(name: str, verb: Callable) -> ArgumentParser:
-    """A parser whose help is the verb's docstring."""
-    return ArgumentParser(prog=f"riformer {name}", description=verb.__doc__)
-
-
-def recipe_parser(name: str, verb: Callable, given: Namespace) -> ArgumentParser:
-    parser = verb_parser(name, verb)
-    if not given.config and not given.resume:
-        name = given.recipe or "quickstart"
-        parser.epilog = f"The recipe {name}: {RECIPES[name].__doc__}"
-    names = ", ".join(RECIPES)
-    parser.add_argument("--recipe", type=str, default="quickstart", help=f"settings to start from: {names}")
-    parser.add_argument("--config", type=str, help="start from a run's recipe.json instead")
-    return parser
-
-
-def base_recipe(argv: list[str]) -> tuple[Namespace, Recipe]:
-    """The recipe that --recipe, --config or --resume name, read before the other options, whose defaults it gives."""
-    start = PlainParser(add_help=False, allow_abbrev=False)
-    start.add_argument("--recipe")
-    start.add_argument("--config")
-    start.add_argument("--resume")
-    given, others = start.parse_known_args(argv)
-    sources = [f"--{name}" for name, value in vars(given).items() if value]
-    if len(sources) > 1:
-        raise ValueError(f"{' and '.join(sources)} each say where all settings come from; give one of them")
-    if given.resume:
-        if others and not {"-h", "--help"} & set(others):
-            raise ValueError(f"--resume takes every setting from the run; {' '.join(others)} cannot be given with it")
-        return given, Run(given.resume).recipe()
-    if given.config:
-        try:
-            return given, from_dict(upgrade(json.loads(Path(given.config).read_text())))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config {given.config} is not JSON: {error}") from error
-    return given, RECIPES[known(given.recipe or "quickstart", RECIPES, "recipe")]()
+EXAMPLES = {
+    "train": (
+        ("riformer train", "the quickstart: built-in digits, minutes on a processor"),
+        ("riformer train --recipe photos --data.name folder:PATH", "your own photographs, for a GPU"),
+        ("riformer train --recipe photos --data.name folder:PATH --dry-run", "time and memory that this takes here"),
+        ("riformer train --rung labels --seed 3", "the control: the same network on labels alone"),
+        ("riformer train --resume runs/photos-seed0", "an interrupted run, as it was begun"),
+        ("riformer train --distill.logit-teacher runs/a runs/b", "two teachers that are there already"),
+    ),
+    "ladder": (
+        ("riformer ladder --seeds 0 1 2", "labels alone beside the full recipe, three times"),
+        ("riformer ladder --rungs mixer identity full --budgets 1 3", "what lasts in longer trainings"),
+    ),
+    "eval": (
+        ("riformer eval runs/photos-seed0", "on its own data, with its teacher"),
+        ("riformer eval model.safetensors --data folder:PATH", "any saved model on other images"),
+    ),
+    "fuse": (("riformer fuse runs/photos-seed0 model.safetensors", "the deploy form, in one file"),),
+    "predict": (
+        ("riformer predict model.safetensors photos/ --top-k 3", "the three most probable classes of each image"),
+        ("riformer predict model.safetensors photos/ --json", "a line of JSON for each image"),
+    ),
+    "profile": (("riformer profile riformer_s12:mixer=pooling --out profile", "a PoolFormer, with a picture"),),
+    "bench": (
+        ("riformer bench riformer_s12 resnet50 --backends eager ours", "two networks on two engines"),
+        ("riformer bench riformer_s12 --batch-sizes 1 8 64 --out speed.json", "and a file for riformer report"),
+    ),
+    "publish": (("riformer publish runs/photos-seed0 my-model", "a folder that timm reads, with a card"),),
+    "convert": (("riformer convert riformer-s12.pth riformer-s12.safetensors", "a checkpoint of mmpretrain"),),
+    "report": (
+        ("riformer report runs", "all runs below a folder"),
+        ("riformer report --ladder runs/quickstart", "the rungs of a ladder"),
+    ),
+    "list": (("riformer list recipes", "what --recipe takes"),),
+}
 
 
-def parse_recipe(parser: ArgumentParser, base: Recipe, argv: list[str]) -> tuple[Any, Recipe]:
-    """The parsed options, and the recipe that `base` becomes with the overrides in them."""
-    kinds = get_type_hints(Recipe)
-    helps = {"name": "what reports call it", "seed": "decides initialisation, order, augmentation and every other draw"}
-    for field in fields(Recipe):
-        kind, default = kinds[field.name], getattr(base, field.name)
-        parser.add_argument(f"--{field.name}", type=kind, default=default, help=helps.get(field.name))
-    options = parser.instantiate(parser.parse_args(argv))
-    return options, Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+def verb_parser(name: str, verb: Callable, about: str = "", renamed: dict[str, str] | None = None) -> Parser:
+    """A parser whose help is the verb's docstring, then `about`, then examples."""
+    lines = [f"  {command}\n      {text}" for command, text in EXAMPLES[name]]
+    end = "\n\n".join([*([about] if about else []), "examples:\n" + "\n".join(lines)])
+    return Parser(f"riformer {name}", verb.__doc__ or "", end, renamed)
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -79,6 +66,11 @@ def load_model(path: str | Path) -> nn.Module:
 
 
 def known(name: str, table: Any, kind: str) -> str:
+    """The name, if the table has it.
+
+    Raises:
+        ValueError: it has not; the message has a near miss or the names that there are.
+    """
     if name not in table:
         near = get_close_matches(name, table)
         raise ValueError(

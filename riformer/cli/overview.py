@@ -14,7 +14,7 @@ from riformer.model.mixers import MIXERS
 from riformer.pages.ladder import write_ladder_report
 from riformer.pages.report import write_report
 from riformer.pages.speed import write_speed_report
-from riformer.recipes import RECIPES, RUNGS
+from riformer.recipes import RECIPES, RUNG_GROUPS, RUNGS
 
 
 def report(argv: list[str]) -> int:
@@ -44,7 +44,7 @@ def report(argv: list[str]) -> int:
         written = write_speed_report(files, Path(options.out or files[0].with_suffix(".html")))
     else:
         written = write_report(paths, Path(options.out or paths[0] / "report.html"))
-    console.print(f"report: {written}", highlight=False, soft_wrap=True)
+    console.print(f"report: {written}", soft_wrap=True)
     return 0
 
 
@@ -56,22 +56,28 @@ def list_verb(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     for kind in options.kinds or kinds:
         known(kind, kinds, "list")
-        table = Table("name", "", title=kind, title_justify="left", title_style="bold", show_header=False, box=None)
-        for name, text in _entries(kind):
-            table.add_row(name, text)
-        console.print(table)
+        for title, entries in _entries(kind).items():
+            table = Table(
+                "name", "", title=title, title_justify="left", title_style="bold", show_header=False, box=None
+            )
+            for name, text in entries.items():
+                table.add_row(name, text)
+            console.print(table)
     return 0
 
 
-def _entries(kind: str) -> list[tuple[str, str]]:
-    """Names of a kind, and a line about each."""
+def _entries(kind: str) -> dict[str, dict[str, str]]:
+    """Names of a kind and a line about each, in groups by their titles."""
     if kind == "models":
         with torch.device("meta"):
             sizes = {
                 name: count_params(timm.create_model(name)) for name in timm.list_models(["riformer_*", "gfnet_*"])
             }
-        return [(name, f"{size / 1e6:.1f} M parameters") for name, size in sizes.items()]
+        return {kind: {name: f"{size / 1e6:.1f} M parameters" for name, size in sizes.items()}}
     if kind == "datasets":
-        return list(DATASETS.items())
-    tables: dict[str, Any] = {"mixers": MIXERS, "recipes": RECIPES, "rungs": RUNGS}
-    return [(name, (entry.__doc__ or "").splitlines()[0]) for name, entry in tables[kind].items()]
+        return {kind: DATASETS}
+    tables: dict[str, dict[str, Any]] = {"mixers": MIXERS, "recipes": RECIPES, "rungs": RUNGS}
+    lines = {name: (entry.__doc__ or "").splitlines()[0] for name, entry in tables[kind].items()}
+    if kind != "rungs":
+        return {kind: lines}
+    return {f"rungs: {group}": {name: lines[name] for name in names} for group, names in RUNG_GROUPS.items()}

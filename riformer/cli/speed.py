@@ -32,8 +32,8 @@ def bench_verb(argv: list[str]) -> int:
     parser.add_argument("--backends", type=list[str], default=["eager", "ours"], help=backends_help)
     precisions_help = "fp32, bf16x3, bf16, fp16, int8; what an engine lacks is left out"
     parser.add_argument("--precisions", type=list[str], default=["fp32", "bf16"], help=precisions_help)
-    parser.add_argument("--batch_sizes", type=list[int], default=[1, 8], help="images at once")
-    parser.add_argument("--img_sizes", type=list[int], default=[224], help="height and width, pixels")
+    parser.add_argument("--batch-sizes", type=list[int], default=[1, 8], help="images at once")
+    parser.add_argument("--img-sizes", type=list[int], default=[224], help="height and width, pixels")
     threads_help = "threads of every engine on a CPU"
     parser.add_argument("--threads", type=list[int], default=[torch.get_num_threads()], help=threads_help)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each competitor")
@@ -44,12 +44,12 @@ def bench_verb(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, help="JSON file for the results; `riformer report` makes a page of it")
     o = parser.parse_args(argv)
     entries, absent = competitors(o.models, o.backends, o.precisions)
-    with errors.status("") as status:
+    with errors.activity() as show:
         sizes = (o.batch_sizes, o.img_sizes, o.threads)
-        result = bench(entries, *sizes, o.out, o.rounds, o.seconds, o.memory, status.update)
+        result = bench(entries, *sizes, o.out, o.rounds, o.seconds, o.memory, show)
     print_bench(result, console)
     if absent:
-        console.print(f"not there: {'; '.join(map(str, absent))}", highlight=False, style="dim")
+        console.print(f"not there: {'; '.join(map(str, absent))}", style="dim")
     return 0
 
 
@@ -62,8 +62,8 @@ def profile_verb(argv: list[str]) -> int:
     """
     parser = verb_parser("profile", profile_verb)
     parser.add_argument("model", type=str, help="timm name, as NAME or NAME:mixer=pooling; or a saved model")
-    parser.add_argument("--batch_size", type=int, default=8, help="images at once")
-    parser.add_argument("--img_size", type=int, default=224, help="height and width, pixels")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at once")
+    parser.add_argument("--img-size", type=int, default=224, help="height and width, pixels")
     precisions = Literal["fp32", "bf16", "fp16"]
     parser.add_argument("--precision", type=precisions, default="fp32", help="type of weights and maps")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each network")
@@ -72,15 +72,15 @@ def profile_verb(argv: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_network(o.model, deploy=False).to(device, DTYPES[o.precision])
     images = torch.randn(o.batch_size, 3, o.img_size, o.img_size, device=device, dtype=DTYPES[o.precision])
-    with errors.status(f"{o.model}: {o.rounds} rounds"):
-        found = profile(model, images, o.rounds)
+    with errors.activity(f"{o.model}: {o.rounds} rounds"):
+        measured = profile(model, images, o.rounds)
     title = f"{o.model}, batch {o.batch_size}, {o.img_size} px, {o.precision}"
-    print_profile(found, title, console)
+    print_profile(measured, title, console)
     if o.out:
         folder = Path(o.out)
         settings = {name: getattr(o, name) for name in ("model", "batch_size", "img_size", "precision", "rounds")}
-        draw(found, title, folder / "profile.svg")
-        record = {"settings": settings, "env": environment(1), **found.to_dict()}
+        draw(measured, title, folder / "profile.svg")
+        record = {"settings": settings, "env": environment(1), **measured.to_dict()}
         write_text(folder / "profile.json", json.dumps(record, indent=1) + "\n")
-        console.print(f"{folder}: profile.json, profile.svg", highlight=False)
+        console.print(f"{folder}: profile.json, profile.svg")
     return 0

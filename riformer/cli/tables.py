@@ -5,10 +5,10 @@ from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from riformer.cli.console import Console
 from riformer.measure.dryrun import Projection
 from riformer.measure.profile import Profile
 from riformer.train.run import Run
@@ -17,10 +17,10 @@ from riformer.train.run import Run
 def print_projections(projections: list[Projection], console: Console) -> None:
     """What takes part, what was timed, and a row for each training: memory, and times up to the whole of it."""
     table = Table(Column("training", no_wrap=True), "memory", "a step", "an epoch", "in all", box=SIMPLE_HEAD)
-    lines: list[str] = []
+    lines: list[str] = []  # each once, because a student and its teacher share some
     for p in projections:
-        told = [f"{p.name}: {p.model}", *p.teachers, *p.pairs, *[f"note: {note}" for note in p.notes]]
-        lines += [line for line in told if line not in lines]
+        facts = [f"{p.name}: {p.model}", *p.teachers, *p.pairs, *[f"note: {note}" for note in p.notes]]
+        lines += [line for line in facts if line not in lines]
         epoch = f"{_duration(p.epoch_seconds)}, {p.steps_per_epoch:,} steps"
         total = f"{_duration(p.total_seconds)}, {p.epochs:,} epochs"
         table.add_row(p.name, f"{p.memory / 1e9:.1f} GB", _duration(p.step_seconds), epoch, total)
@@ -31,18 +31,17 @@ def print_projections(projections: list[Projection], console: Console) -> None:
             f"{_duration(p.update_seconds)} for the update"
         )
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(table)
     in_all = _duration(sum(p.total_seconds for p in projections))
     console.print(
         f"{in_all} on one {projections[0].device}, without reading images and without evaluation; nothing was written",
-        highlight=False,
         soft_wrap=True,
     )
 
 
 def _duration(seconds: float) -> str:
-    """In the largest unit of which there are two."""
+    """A time in the largest unit in which it is at least 2."""
     for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
@@ -50,33 +49,43 @@ def _duration(seconds: float) -> str:
 
 
 def print_runs(runs: list[Run], console: Console) -> None:
-    """A row for each recipe: accuracy before and after the fuse, beside the teacher; speed; largest fuse difference."""
+    """A row for each recipe: accuracy before and after the fuse; where there is one, the teacher's, and the speed."""
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if evaluation := run.read("evaluation.json"):
             by_recipe.setdefault(run.recipe().name, []).append(evaluation)
-    table = Table(Column("recipe", no_wrap=True), "teacher", "student", "fused", "each seed", "speed", box=SIMPLE_HEAD)
-    for name, evaluations in by_recipe.items():
-        fused = [e["models"]["deploy"]["top1"] for e in evaluations]
-        ratios = [e["speed"]["ratio"]["median"] for e in evaluations if "ratio" in e["speed"]]
-        table.add_row(
-            name,
-            _mean(e["models"]["teacher"]["top1"] for e in evaluations if "teacher" in e["models"]),
-            _mean(e["models"]["student"]["top1"] for e in evaluations),
-            _mean(fused),
-            " ".join(f"{value:.1f}" for value in fused),
-            f"{_mean(ratios)} x" if ratios else "",
-        )
+    evaluations = [evaluation for group in by_recipe.values() for evaluation in group]
+    if not evaluations:
+        return
+    has_teacher = any("teacher" in e["models"] for e in evaluations)
+    headings = ["student", "fused", "each seed"]
+    headings = ["teacher", *headings, "speed"] if has_teacher else headings
+    table = Table(Column("recipe", no_wrap=True), *headings, box=SIMPLE_HEAD)
+    for name, group in by_recipe.items():
+        fused = [e["models"]["deploy"]["top1"] for e in group]
+        ratios = [e["speed"]["ratio"]["median"] for e in group if "ratio" in e["speed"]]
+        cells = [_mean(e["models"]["student"]["top1"] for e in group), _mean(fused)]
+        cells.append(" ".join(f"{value:.1f}" for value in fused))
+        if has_teacher:
+            teacher = _mean(e["models"]["teacher"]["top1"] for e in group if "teacher" in e["models"])
+            cells = [teacher, *cells, f"{_mean(ratios)} x" if ratios else ""]
+        table.add_row(name, *cells)
     console.print(table)
-    if by_recipe:
-        evaluations = [evaluation for group in by_recipe.values() for evaluation in group]
-        difference = max(e["fuse"]["max_rel"] for e in evaluations)
-        split, model = evaluations[-1]["split"], evaluations[-1]["models"]["deploy"]
-        console.print(
-            f"top-1 % on {split}; speed of the fused student over its teacher; {model['params']:,} parameters, "
-            f"{model['macs'] / 1e6:,.1f} M MACs; the fuse changes logits by {difference:.0e} of the largest at most",
-            highlight=False,
-        )
+    console.print("; ".join(_about(evaluations)))
+
+
+def _about(evaluations: list[dict[str, Any]]) -> list[str]:
+    """What the numbers in the table are, and what all networks have in common."""
+    about = [f"top-1 % on {', '.join(sorted({e['split'] for e in evaluations}))}"]
+    if any("ratio" in e["speed"] for e in evaluations):
+        about.append("speed of the fused student over its teacher")
+    sizes = {(e["models"]["deploy"]["params"], e["models"]["deploy"]["macs"]) for e in evaluations}
+    about += [f"{params:,} parameters, {macs / 1e6:,.1f} M MACs" for params, macs in sizes if len(sizes) == 1]
+    merged = [e for e in evaluations if e["models"]["student"]["params"] != e["models"]["deploy"]["params"]]
+    if merged:
+        difference = max(e["fuse"]["max_rel"] for e in merged)
+        about.append(f"the fuse changes logits by {difference:.0e} of the largest at most")
+    return about
 
 
 def _mean(values: Iterable[float]) -> str:
@@ -113,12 +122,12 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         console.print(table, crop=False)
 
 
-def print_profile(found: Profile, title: str, console: Console) -> None:
-    """Built up beside taken apart, and whether the parts add up."""
-    added = {step.name: step for step in found.steps}
+def print_profile(profile: Profile, title: str, console: Console) -> None:
+    """What each part adds and takes in place, and whether the parts add up to the whole."""
+    added = {step.name: step for step in profile.steps}
     numbers = [Column(h, justify="right") for h in ("built up", "adds", "in place", "share", "GMACs", "MB moved")]
     table = Table(Column("part", no_wrap=True), *numbers, title=f"{title}, ms a batch", box=SIMPLE_HEAD)
-    for kind, part in found.by_kind().items():
+    for kind, part in profile.by_kind().items():
         step = added.get(kind)
         table.add_row(
             kind,
@@ -129,13 +138,13 @@ def print_profile(found: Profile, title: str, console: Console) -> None:
             f"{part['macs'] / 1e9:.3f}",
             f"{part['num_bytes'] / 1e6:.1f}",
         )
-    whole = found.whole_ms
-    table.add_row("sum", "", "", f"{found.sum_ms:.2f}")
+    whole = profile.whole_ms
+    table.add_row("sum", "", "", f"{profile.sum_ms:.2f}")
     table.add_row("the whole, no clocks", f"{whole.median:.2f}", "", f"{whole.median:.2f}")
     console.print(table)
+    built_up, in_place = profile.mixer_share_built_up, profile.mixer_share_in_place
+    verdict = "" if profile.adds_up else ": they do NOT add up within 5 %, so trust neither; use a quieter machine"
     console.print(
-        f"token mixers: {found.mixer_share_built_up:.1%} built up (without the head), {found.mixer_share_in_place:.1%} "
-        f"in place; the parts are {found.sum_of_whole:.1%} of the whole"
-        + ("" if found.adds_up else ": they do NOT add up within 5 %, so trust neither; measure on a quieter machine"),
-        highlight=False,
+        f"token mixers: {built_up:.1%} built up (without the head), {in_place:.1%} in place; "
+        f"the parts are {profile.sum_of_whole:.1%} of the whole{verdict}"
     )

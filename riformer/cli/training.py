@@ -8,22 +8,14 @@ from typing import get_type_hints
 
 from rich.table import Table
 
-from riformer.cli.options import (
-    base_recipe,
-    console,
-    errors,
-    known,
-    load_model,
-    main_console,
-    parse_recipe,
-    recipe_parser,
-    verb_parser,
-)
+from riformer.cli.options import console, errors, load_model, main_console, verb_parser
+from riformer.cli.parsing import written
 from riformer.cli.progress import TrainProgress
+from riformer.cli.recipe import RecipeOptions
 from riformer.cli.tables import print_projections, print_runs
 from riformer.config import DataConfig
 from riformer.measure.dryrun import dry_run
-from riformer.recipes import DEFAULT_RUNGS, RUNGS, at_budget
+from riformer.recipes import DEFAULT_RUNGS
 from riformer.study.evaluation import evaluate_model, evaluate_run
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.train.run import Run
@@ -35,23 +27,23 @@ def train(argv: list[str]) -> int:
     The recipe gives every setting, and any of them can be overridden. The same command, given again, goes on exactly
     with an interrupted run. Several processes: torchrun --nproc-per-node N -m riformer train ...
     """
-    given, base = base_recipe(argv)
-    parser = recipe_parser("train", train, given)
-    dry_help = (
-        "build everything, time some steps on synthetic images and say what the training will take; write nothing"
+    settings = RecipeOptions("train", train, argv)
+    parser = settings.parser
+    dry_help = "build everything, time some steps on synthetic images and say what the training takes; write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_help)
+    parser.add_argument(
+        "--rung", type=str, default="full", help="train this rung of a ladder, see `riformer list rungs`"
     )
-    parser.add_argument("--dry_run", action="store_true", help=dry_help)
-    parser.add_argument("--rung", type=str, default="full", help="train this rung of a ladder, see `riformer list`")
     parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
     parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
-    options, recipe = parse_recipe(parser, base, argv)
-    recipe = RUNGS[known(options.rung, RUNGS, "rung")](recipe)
+    options, recipe = settings.parse()
+    (recipe,) = settings.on_rungs(recipe, [options.rung])
     if options.dry_run:
-        with errors.status("") as status:
-            projections = dry_run(recipe, status.update)
+        with errors.activity() as show:
+            projections = dry_run(recipe, show)
         print_projections(projections, console)
         return 0
-    folder = Path(given.resume or options.out or f"runs/{recipe.name}-seed{recipe.seed}")
+    folder = Path(settings.resumed or options.out or f"runs/{recipe.name}-seed{recipe.seed}")
     with TrainProgress(main_console()) as progress:
         finished = run_recipe(recipe, folder, progress)
     print_runs([finished], main_console())
@@ -66,9 +58,9 @@ def ladder(argv: list[str]) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a ladder runs in one process; give each of its trainings to torchrun by itself")
-    given, base = base_recipe(argv)
-    parser = recipe_parser("ladder", ladder, given)
-    rungs_help = "what to compare, see `riformer list`"
+    settings = RecipeOptions("ladder", ladder, argv, without=("seed",))
+    parser = settings.parser
+    rungs_help = "what to compare, see `riformer list rungs`"
     parser.add_argument("--rungs", type=list[str], default=list(DEFAULT_RUNGS), help=rungs_help)
     budgets_help = (
         "how many times the recipe's epochs, those of its teacher too; several show what lasts (default: once)"
@@ -77,13 +69,13 @@ def ladder(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of each rung")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
-    options, recipe = parse_recipe(parser, base, argv)
+    options, recipe = settings.parse()
     for name in ("rungs", "seeds", "budgets"):
-        if len(set(getattr(options, name))) < len(getattr(options, name)):
-            raise ValueError(f"--{name} {getattr(options, name)} names one twice")
-    bases = [at_budget(recipe, budget) for budget in options.budgets] or [recipe]
-    rungs = [RUNGS[known(name, RUNGS, "rung")](base) for base in bases for name in options.rungs]
-    recipes = [replace(rung, seed=seed) for seed in options.seeds for rung in rungs]
+        values = getattr(options, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} {written(values)} names one twice")
+    changed = settings.on_rungs(recipe, options.rungs, options.budgets)
+    recipes = [replace(rung, seed=seed) for seed in options.seeds for rung in changed]
     with TrainProgress(main_console()) as progress:
         folder = Path(options.out or f"runs/{recipe.name}")
         finished = run_ladder(recipes, folder, progress, options.jobs)

@@ -54,8 +54,8 @@ class AugmentConfig:
     """What is drawn anew each time a training image is seen."""
 
     policy: Literal["timm", "warp"] = "timm"
-    """timm: the settings below, image by image; warp, instead of them: whole batches on the training device, for glyphs
-    and other small grey images (random scale, rotation, shear, shift, contrast, inversion, noise)"""
+    """timm: the other settings of augment, image by image; warp, without them: whole batches on the training device,
+    for glyphs and other small grey images (random scale, rotation, shear, shift, contrast, inversion, noise)"""
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)
     """smallest and largest share of the image's area in a random crop"""
     hflip: Share = 0.5
@@ -82,9 +82,11 @@ class ModelConfig:
     """The network that is trained: a registered name, and arguments that differ from the name's own."""
 
     name: str = "riformer_s12"
-    """model name, see `riformer list`, or any of timm's; the next seven settings are riformer_*'s"""
+    """model name, see `riformer list models`, or any of timm's; the settings from mixer to layer-scale-init are for
+    riformer_* alone"""
     mixer: str | tuple[str, ...] = "affine"
-    """token mixer, see `riformer list`, or a list of one a stage or one a block; affine is RIFormer's training form"""
+    """token mixer, see `riformer list mixers`; several are one for each stage or for each block; affine is RIFormer's
+    training form"""
     depths: tuple[Count, ...] | None = None
     """blocks in each stage; null keeps the name's own"""
     dims: tuple[Count, ...] | None = None
@@ -102,7 +104,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict, hash=False)
     """further arguments of the model's constructor, as JSON"""
     start: str = ""
-    """weights to start from, named like distill.logit_teacher; a classifier for other classes starts anew"""
+    """weights to start from, named like --distill.logit-teacher; a classifier for other classes starts anew"""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ class TeacherConfig:
     """The token-mixer network that a run trains for itself first, when a teacher is named "own"."""
 
     name: str = ""
-    """its model name, any of timm's; empty for the student's own sizes with the next setting's mixer"""
+    """its model name, any of timm's; empty for the student's own sizes with the token mixer of --teacher.mixer"""
     mixer: str = "pooling"
-    """token mixer of the teacher, whose other sizes are the student's"""
+    """token mixer of a teacher that has the student's sizes"""
     args: dict[str, Any] = field(default_factory=dict, hash=False)
     """further arguments of a named teacher's constructor, as JSON"""
     epochs: Count = 120
@@ -127,8 +129,8 @@ class DistillConfig:
 
     logit_teacher: str | tuple[str, ...] = ""
     """whose logits are learned: "own" (trained first in the same run), a run folder, a model folder or file, timm:NAME
-    for a pretrained model, timm:NAME@FILE for one with your weights, local-dir:FOLDER or hf-hub:NAME; a list of such
-    for the mean of their probabilities; empty for none"""
+    for a pretrained model, timm:NAME@FILE for one with your weights, local-dir:FOLDER or hf-hub:NAME; of
+    several, the mean of their probabilities; empty for none"""
     module_teacher: str = ""
     """whose blocks and mixers are imitated, and whose weights the student may start from; named like one logit
     teacher"""

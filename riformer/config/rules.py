@@ -41,7 +41,7 @@ def idle(recipe: Recipe) -> list[tuple[str, str]]:
     warps, riformers, own = augment.policy == "warp", model.name.startswith("riformer_"), distill.trains_teacher
     jitters = not augment.auto_augment or "3a" in augment.auto_augment  # timm jitters beside its policy 3a alone
     teachers, imitates, caches = distill.logit_teachers, distill.imitates, distill.cache_augmentations
-    first_phase = distill.schedule == "first_phase"
+    first_phase, others = distill.schedule == "first_phase", set(teachers) - {"own"}
     rules: list[tuple[tuple[str, ...], object, str]] = [  # knobs, whether they have an effect, and why they have none
         (("data.root",), data.name in WITH_ROOT, f"only {', '.join(WITH_ROOT)} have one"),
         (("data.on_bad",), data.name not in BUILT_IN, f"{data.name} is no folder of images"),
@@ -52,11 +52,7 @@ def idle(recipe: Recipe) -> list[tuple[str, str]]:
         (OWN_TEACHER, own, "this run trains no teacher of its own"),
         (("teacher.mixer",), not own or not teacher.name, "--teacher.name is set; use --teacher.args"),
         (("teacher.args",), not own or teacher.name, "--teacher.name is empty"),
-        (
-            ("distill.teacher_classes", "distill.trust_teacher"),
-            set(teachers) - {"own"},
-            "no other logit teacher is named",
-        ),
+        (("distill.teacher_classes", "distill.trust_teacher"), others, "no logit teacher from elsewhere is named"),
         (("distill.teacher_img_size",), teachers or distill.module_teacher, "no teacher is named"),
         (("distill.compile_teachers",), teachers or distill.module_teacher, "no teacher is named"),
         (("distill.cache_augmentations",), teachers, "no logit teacher is named"),

@@ -47,10 +47,10 @@ def conforms(value: Any, hint: Any) -> bool:
         return any(conforms(value, arm) for arm in args)
     if origin is Literal:
         return any(value == allowed and type(value) is type(allowed) for allowed in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
+    if origin in (tuple, list):
+        if not isinstance(value, origin):
             return False
-        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        kinds = args[:1] * len(value) if origin is list or args[-1] is Ellipsis else args
         return len(value) == len(kinds) and all(map(conforms, value, kinds))
     if origin is dict:
         return isinstance(value, dict) and all(conforms(k, args[0]) and conforms(v, args[1]) for k, v in value.items())
@@ -81,8 +81,8 @@ def describe(hint: Any, plural: bool = False) -> str:
         return " or ".join(describe(arm) for arm in args)
     if origin is Literal:
         return " or ".join(repr(allowed) for allowed in args)
-    if origin is tuple:
-        return ("" if args[-1] is Ellipsis else f"{len(args)} ") + describe(args[0], plural=True)
+    if origin in (tuple, list):
+        return ("" if origin is list or args[-1] is Ellipsis else f"{len(args)} ") + describe(args[0], plural=True)
     if origin is dict:
         return "a dict of JSON values"
     names = {str: "string", int: "whole number", float: "number"}
@@ -97,8 +97,10 @@ def refusal(name: str, value: Any, hint: Any) -> str:
         return ""
     choices = [choice for choice in get_args(hint) if isinstance(choice, str)] if get_origin(hint) is Literal else []
     near = get_close_matches(str(value), choices, n=1)
-    hint_at = "; give a tuple" if isinstance(value, list) else f"; did you mean {near[0]!r}?" if near else ""
-    return f"{name} is {value!r}, but must be {describe(hint)}{hint_at}"
+    advice = f"; did you mean {near[0]!r}?" if near else ""
+    if isinstance(value, list) and conforms(tuple(value), hint):
+        advice = "; give a tuple"
+    return f"{name} is {value!r}, but must be {describe(hint)}{advice}"
 
 
 def refusals(config: Any, prefix: str = "--") -> list[str]:

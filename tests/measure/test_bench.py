@@ -168,7 +168,7 @@ def test_int8_without_its_engine_is_explained(monkeypatch):
 
 def test_the_verb_prints_error_and_limit_beside_every_speed(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    options = ["--batch_sizes=[2]", "--img_sizes=[32]", "--rounds=3", "--seconds=0.001", "--memory=false"]
+    options = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds=3", "--seconds=0.001", "--memory=false"]
     assert cli.run("bench", ["riformer_micro", "--backends=[eager,ours]", *options, f"--out={file}"]) == 0
     result = json.loads(file.read_text())
     console = Console(width=140, record=True)
