@@ -1,6 +1,5 @@
 """The run folder, against kills, damage and deleted files."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -11,27 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, tiny_recipe
 
 import riformer
-from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe
 from riformer.train import run as run_module
 from riformer.train.loop import train
 from riformer.train.run import Run
 
 EPOCHS, STEPS = 3, 15  # five steps an epoch
-
-
-def recipe(**changes: object) -> Recipe:
-    base = Recipe(
-        name="tiny",
-        data=DataConfig(name="digits", img_size=8, crop_pct=1.0, num_workers=0),
-        augment=AugmentConfig(mixup=0.0, cutmix=0.0),
-        model=ModelConfig(depths=(1, 1), dims=(8, 8), stem_patch=2, stem_stride=2),
-        distill=DistillConfig(),
-        optim=OptimConfig(lr=1e-2, epochs=EPOCHS, warmup_epochs=0, batch_size=200),
-    )
-    return dataclasses.replace(base, **changes)
 
 
 def step(number: int) -> dict[str, object]:
@@ -45,7 +31,7 @@ def epoch(number: int) -> dict[str, object]:
 def logged(folder: Path, last_step: int = STEPS) -> Run:
     """A run with metrics and nothing else."""
     run = Run(folder)
-    run.begin(recipe(), world_size=1)
+    run.begin(tiny_recipe(), world_size=1)
     for number in range(1, last_step + 1):
         run.log(step(number))
         if number % 5 == 0:
@@ -59,7 +45,7 @@ def state(number: int) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(recipe(), tmp_path_factory.mktemp("finished") / "run").path
+    return train(tiny_recipe(), tmp_path_factory.mktemp("finished") / "run").path
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +58,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
             os.kill(os.getpid(), 2)
 
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(), folder, stop)
+        train(tiny_recipe(), folder, stop)
     return folder
 
 
@@ -201,7 +187,7 @@ def test_a_finished_run_is_left_as_it_is_whatever_its_metrics_are(finished: Path
         (run.path / "metrics.jsonl").write_bytes(damage(whole))
         before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
         assert run.is_trained()
-        train(recipe(), run.path)
+        train(tiny_recipe(), run.path)
         assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 
 
@@ -211,7 +197,7 @@ def test_a_finished_run_without_its_states_is_not_trained_again(finished: Path, 
         shutil.rmtree(run.path / name)
     before = (run.path / "metrics.jsonl").read_bytes()
     assert run.is_trained()
-    train(recipe(), run.path)
+    train(tiny_recipe(), run.path)
     assert (run.path / "metrics.jsonl").read_bytes() == before
     assert not (run.path / "last").exists()
 
@@ -224,7 +210,7 @@ def test_a_run_is_trained_when_its_last_state_is_saved(finished: Path, begun: Pa
     assert len([line for line in run.metrics() if line["kind"] == "epoch"]) == EPOCHS
     assert not run.is_trained()
     before = losses(run)
-    train(recipe(), run.path)
+    train(tiny_recipe(), run.path)
     assert run.is_trained()
     assert losses(run) == before
 
@@ -240,7 +226,7 @@ def test_a_run_with_damaged_metrics_resumes_and_loses_no_later_line(
         flip(run.path / "metrics.jsonl", position)
         damaged = run.read_metrics()[1]
         assert damaged == [line]
-        train(recipe(), run.path)
+        train(tiny_recipe(), run.path)
         kept = [loss for i, loss in enumerate(whole) if i != (line - 1 if line < 6 else line - 2)]
         assert losses(run) == kept
         assert run.read_metrics()[1] == damaged
@@ -298,7 +284,7 @@ def test_a_state_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, ca
 def test_a_resume_from_the_state_before_learns_the_same(finished: Path, begun: Path, tmp_path: Path) -> None:
     run = copy(begun, tmp_path / "run")
     write_state(run.path / "last", b"no pickle at all")
-    train(recipe(), run.path)
+    train(tiny_recipe(), run.path)
     assert losses(run) == losses(Run(finished))
 
 
@@ -319,7 +305,7 @@ def test_nothing_is_trained_over_a_damaged_file(begun: Path, tmp_path: Path, nam
     run = copy(begun, tmp_path / "run")
     (run.path / name).write_text("[]")
     with pytest.raises(ValueError, match=rf"{name} holds no JSON object: it is damaged"):
-        train(recipe(), run.path)
+        train(tiny_recipe(), run.path)
 
 
 def test_the_best_model_is_used_after_a_kill_between_two_renames(finished: Path, tmp_path: Path) -> None:
@@ -347,22 +333,22 @@ def test_a_run_folder_that_is_deleted_during_the_training_is_named(tmp_path: Pat
             shutil.rmtree(tmp_path / "run")
 
     with pytest.raises(OSError, match=r"^the run folder .*/run is gone: it was deleted or moved during the training$"):
-        train(recipe(), tmp_path / "run", delete)
+        train(tiny_recipe(), tmp_path / "run", delete)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_cannot_be_locked_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with pytest.raises(OSError, match=r"cannot write .*/run/\.lock: Is a directory"):
-        train(recipe(), tmp_path / "run")
+        train(tiny_recipe(), tmp_path / "run")
 
 
 def test_a_run_before_its_training_makes_way_with_all_that_it_recorded(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.begin(recipe(), world_size=1)
+    run.begin(tiny_recipe(), world_size=1)
     for name in ("data.json", "inputs.json"):
         run.write(name, {"of": "another recipe"})
-    run.begin(recipe(seed=1), world_size=1)
+    run.begin(tiny_recipe(seed=1), world_size=1)
     assert run.recipe().seed == 1
     assert run.read("data.json") is None
     assert run.read("inputs.json") is None
