@@ -3,8 +3,14 @@
 `import riformer` imports timm and torch, which takes seconds; this module stays outside the package for that reason.
 """
 
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.metadata import version
+from io import TextIOWrapper
 
 VERBS = {
     "train": "train a network, and its teacher first where the recipe says so; or resume a run",
@@ -38,20 +44,50 @@ start here:
 
 def main() -> None:
     """Entry point of the console script."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal or a file cannot encode is escaped
+    try:
+        code = run(sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:])
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:  # of standard output
+        if not isinstance(error, BrokenPipeError) and sys.stderr:
+            print(f"riformer: cannot write standard output: {error.strerror}", file=sys.stderr)  # noqa: T201
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more at its exit
+        code = 1
+    sys.exit(code)
+
+
+def run(verb: str, argv: list[str]) -> int:
+    """Runs a verb and returns the exit code."""
     if verb in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {name:9} {text}" for name, text in VERBS.items())), end="")  # noqa: T201
-    elif verb == "--version":
-        from importlib.metadata import version
-
+        return 0
+    if verb == "--version":
         print(f"riformer {version('riformer')}")  # noqa: T201
-    elif verb not in VERBS:
+        return 0
+    if verb not in VERBS:
         near = get_close_matches(verb, VERBS)
         sys.exit(f"riformer: no verb {verb!r}; {f'did you mean {near[0]}?' if near else 'see riformer --help'}")
-    else:
+    with interrupts_end_the_process():
         from riformer import cli
+    return cli.run(verb, argv)
 
-        sys.exit(cli.run(verb, sys.argv[2:]))
+
+@contextmanager
+def interrupts_end_the_process() -> Iterator[None]:
+    """While modules load, Ctrl-C ends the process at once: there is nothing to save, and no traceback to read."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":

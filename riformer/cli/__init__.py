@@ -1,7 +1,11 @@
 """`riformer VERB ...`: one short function a verb, each around one library function."""
 
 import logging
+import re
 from collections.abc import Callable
+from contextlib import suppress
+
+from safetensors import SafetensorError
 
 from riformer.cli.console import LogHandler
 from riformer.cli.models import convert_verb, fuse_verb, predict_verb, publish
@@ -23,6 +27,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "list": list_verb,
 }
+RESUMES = dict.fromkeys(("train", "ladder"), "; run the same command again to resume")
 
 
 def run(verb: str, argv: list[str]) -> int:
@@ -31,10 +36,24 @@ def run(verb: str, argv: list[str]) -> int:
     logging.getLogger("riformer").setLevel(logging.INFO)
     try:
         return VERBS[verb](argv)
-    except (ValueError, RuntimeError, OSError) as error:
-        errors.print(f"riformer {verb}: ", style="bold red", end="")
-        errors.print(str(error), soft_wrap=True)
+    except (ValueError, RuntimeError, OSError, MemoryError, SafetensorError) as error:
+        _print_error(f"riformer {verb}: ", _message(error))
         return 1
     except KeyboardInterrupt:
-        errors.print(f"riformer {verb}: interrupted; the same command goes on where it stopped")
+        _print_error(f"riformer {verb}: ", "interrupted" + RESUMES.get(verb, ""))
         return 130
+
+
+def _message(error: Exception) -> str:
+    """What the error says, without the traceback of a worker process that it may quote."""
+    text = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+    if "Original Traceback" in text:
+        text = re.split(r"^[\w.]+: ", text.strip(), flags=re.MULTILINE)[-1]
+    return text
+
+
+def _print_error(verb: str, text: str) -> None:
+    """Prints to standard error; a standard error that is closed or full changes no exit code."""
+    with suppress(OSError, ValueError, SystemExit):
+        errors.print(verb, style="bold red", end="")
+        errors.print(text, soft_wrap=True)

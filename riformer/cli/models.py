@@ -67,7 +67,7 @@ def predict_verb(argv: list[str]) -> int:
     for prediction in track(predictions, total=len(images), console=errors, transient=True, disable=quiet):
         failed |= bool(prediction.error)
         if options.json:
-            print(json.dumps(_as_json(prediction)), flush=True)  # noqa: T201
+            console.out(json.dumps(_as_json(prediction)), highlight=False)
         elif prediction.error:
             errors.print(prediction.error, soft_wrap=True)
         else:

@@ -49,11 +49,16 @@ def _duration(seconds: float) -> str:
 
 
 def print_runs(runs: list[Run], console: Console) -> None:
-    """A row for each recipe: accuracy before and after the fuse; where there is one, the teacher's, and the speed."""
+    """The evaluations of these runs, as far as there are any."""
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if evaluation := run.read("evaluation.json"):
             by_recipe.setdefault(run.recipe().name, []).append(evaluation)
+    print_evaluations(by_recipe, console)
+
+
+def print_evaluations(by_recipe: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    """A row for each recipe: accuracy before and after the fuse; where there is one, the teacher's, and the speed."""
     evaluations = [evaluation for group in by_recipe.values() for evaluation in group]
     if not evaluations:
         return

@@ -12,11 +12,11 @@ from riformer.cli.options import console, errors, load_model, main_console, verb
 from riformer.cli.parsing import written
 from riformer.cli.progress import TrainProgress
 from riformer.cli.recipe import RecipeOptions
-from riformer.cli.tables import print_projections, print_runs
+from riformer.cli.tables import print_evaluations, print_projections, print_runs
 from riformer.config import DataConfig
 from riformer.measure.dryrun import dry_run
 from riformer.recipes import DEFAULT_RUNGS
-from riformer.study.evaluation import evaluate_model, evaluate_run
+from riformer.study.evaluation import evaluate_model, evaluation
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.train.run import Run
 
@@ -108,8 +108,9 @@ def evaluate(argv: list[str]) -> int:
                 f"{path} is evaluated on its own data, which {' '.join(ignored)} would change; add --data.name"
             )
         if not options.split:
-            evaluate_run(path)
-            print_runs([run], main_console())
+            measured = evaluation(path)
+            print_evaluations({recipe.name: [measured]}, main_console())  # first, as the run may be read-only
+            run.write("evaluation.json", measured)
             return 0
         data, origin = recipe.data, {"seed": recipe.seed, "record": run.read("data.json")}
     elif recipe and options.data.name == recipe.data.name:  # of what it trained on, what it did not train on

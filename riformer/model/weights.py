@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from riformer.atomic import replace_file, replace_folder
+from riformer.atomic import recover, replace_file, replace_folder
 from riformer.model.checkpoint import CONFIG_KEY, Checkpoint, checksums, read_file, shorten, text_sum
 from riformer.model.checkpoint import read_checkpoint as read_checkpoint
 from riformer.model.description import MAX_CHARACTERS, Description, check_size, config_text, read_description
@@ -265,8 +265,11 @@ def convert(
 def _load(
     path: Path, model_name: str | None = None, form: str = "", use_ema: bool = True, verify: bool = True
 ) -> nn.Module:
-    if (path / "best").is_dir():
-        path = path / "best"
+    path = recover(path)
+    if (best := recover(path / "best")).is_dir():
+        path = best
+    elif (path / "recipe.json").is_file():
+        raise ValueError(f"{path} has no best/ yet: train it first")
     config_file = path / CONFIG
     if path.is_dir() and not config_file.is_file():
         raise ValueError(f"{path} is neither a run folder nor a model folder: it has no best/ and no {CONFIG}")

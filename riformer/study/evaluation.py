@@ -30,9 +30,16 @@ BATCH_SIZE = 64
 NUM_SAMPLES = 30
 
 
-@full_float32()
 def evaluate_run(path: str | Path) -> dict[str, Any]:
-    """Evaluates the best model of a run and its teacher, writes evaluation.json into the run folder and returns it.
+    """What `evaluation` returns, written into the run folder as evaluation.json too."""
+    result = evaluation(path)
+    Run(path).write("evaluation.json", result)
+    return result
+
+
+@full_float32()
+def evaluation(path: str | Path) -> dict[str, Any]:
+    """Accuracy, parity, size and speed of the best model of a run, and of its teacher.
 
     The split is test where the data has one, otherwise val, on which the best model was also chosen. All in float32,
     without the TF32 that GPUs else use for convolutions. The teacher is the logit teacher.
@@ -85,7 +92,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
         speed["ratio"] = asdict(Spread.of([fused / own for fused, own in pairs]))
 
     parity = compare(student, models["deploy"], (x.to(device) for x, _ in batches()))
-    evaluation = {
+    return {
         **environment(world_size=1),
         "split": split,
         "num_images": len(images),
@@ -95,8 +102,6 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
         "confusion": results["deploy"].confusion,
         "samples": _samples(models["deploy"], images, batches()),
     }
-    run.write("evaluation.json", evaluation)
-    return evaluation
 
 
 @full_float32()

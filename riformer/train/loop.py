@@ -103,6 +103,8 @@ def _train(recipe: Recipe, run: Run, data: Dataset, group: Group, progress: Call
     rank, world_size, device = group
     main, num_classes = rank == 0, len(data.classes)
     state = run.load_state()
+    if not state and run.is_trained():  # finished, and its states were deleted
+        return
     if state and state["world_size"] != world_size:
         raise ValueError(f"{run.path} was begun with {state['world_size']} processes; resume it with as many")
 

@@ -403,7 +403,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path, capl
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert run.load_state()["step"] == 1
-    assert "last cannot be used (its checksum is another)" in caplog.text
+    assert "last cannot be used (its checksum differs)" in caplog.text
     (tmp_path / "last.previous" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"no saved state in .* can be used"):
         run.load_state()
