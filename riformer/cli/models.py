@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,10 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
 from riformer.pages.card import model_card
 from riformer.runtime.parity import compare
-from riformer.runtime.predict import Prediction, find_images, predict
+from riformer.runtime.predict import Prediction, predict
 from riformer.train.run import Run
+from riformer.walk import describe as describe_left_out
+from riformer.walk import find_images
 
 
 def fuse_verb(argv: list[str]) -> int:
@@ -58,7 +61,10 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="images computed at once")
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
-    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
+    left_out: Counter[str] = Counter()
+    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else find_images(options.images, left_out)
+    if left_out:
+        errors.print(f"left out: {describe_left_out(left_out)}", soft_wrap=True)
     predictions = predict(deploy_form(load_model(options.model)), images, options.top_k, options.batch_size)
     failed = False
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]

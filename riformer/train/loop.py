@@ -91,7 +91,7 @@ def _open(recipe: Recipe, run: Run, group: Group, context: ExitStack) -> Dataset
             context.enter_context(run.locked())
             run.begin(recipe, world_size)
         record = run.read("data.json")
-        data = open_dataset(recipe.data, recipe.seed, record)
+        data = open_dataset(recipe.data, record)
         if rank == 0 and record is None:
             run.write("data.json", data.record())
     return data
