@@ -17,7 +17,7 @@ from riformer.config import (
     OptimConfig,
     Recipe,
     TeacherConfig,
-    drop_idle,
+    reset_unused,
 )
 from riformer.published import PARADIGM
 from riformer.sizes import VARIANTS
@@ -135,7 +135,7 @@ def at_budget(recipe: Recipe, times: int) -> Recipe:
 
 def labels(recipe: Recipe) -> Recipe:
     """The same network on labels alone, for as many steps."""
-    return drop_idle(replace(recipe, name=f"{recipe.name}-labels", distill=LABELS), since=recipe)
+    return reset_unused(replace(recipe, name=f"{recipe.name}-labels", distill=LABELS), since=recipe)
 
 
 def labels_long(recipe: Recipe) -> Recipe:
@@ -271,7 +271,7 @@ def _depths(recipe: Recipe) -> tuple[int, ...]:
 def _rung(recipe: Recipe, name: str, mixer: str | tuple[str, ...], distill: DistillConfig) -> Recipe:
     """The recipe with this mixer and loss. Knobs without effect in it go back to their defaults."""
     changed = replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, mixer=mixer), distill=distill)
-    return drop_idle(changed, since=recipe)
+    return reset_unused(changed, since=recipe)
 
 
 def _logits_alone(recipe: Recipe, label: float = 0.0, hard: float = 0.0, soft: float = 0.0) -> DistillConfig:
@@ -290,7 +290,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         model = replace(recipe.model, mixer=teacher.mixer, start="")
     optim = replace(recipe.optim, epochs=teacher.epochs, lr=teacher.lr)
     training = replace(recipe, name=f"{recipe.name}-teacher", model=model, distill=LABELS, optim=optim)
-    return drop_idle(training, since=recipe)
+    return reset_unused(training, since=recipe)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -149,6 +149,8 @@ def _folder(config: DataConfig, seed: int, record: dict[str, Any] | None, whole:
         found = {split: part["images"] for split, part in record["splits"].items()}
         num_ignored = record["num_ignored"]
 
+    if record is None and "val" in found and config.val_fraction != DataConfig().val_fraction:
+        raise ValueError(f"--data.val-fraction is {config.val_fraction}, but has no effect: {root} has a val folder")
     hashes, bad = check_files(root, [name for part in found.values() for names in part.values() for name in names])
     if bad and (record is not None or config.on_bad == "error"):
         advice = "restore them" if record is not None else "mend or remove them, or leave them out: --data.on-bad skip"
