@@ -124,11 +124,11 @@ def at_budget(recipe: Recipe, times: int) -> Recipe:
     """
     if times < 1:
         raise ValueError(f"a budget is {times}; it must be 1 or more times the recipe's epochs")
-    optim = recipe.optim
+    optim, teacher = recipe.optim, recipe.teacher
     return replace(
         recipe,
         name=f"{recipe.name}-{times}x",
-        teacher=replace(recipe.teacher, epochs=times * recipe.teacher.epochs),
+        teacher=replace(teacher, epochs=times * teacher.epochs),
         optim=replace(optim, epochs=times * optim.epochs, warmup_epochs=times * optim.warmup_epochs),
     )
 
@@ -317,8 +317,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "gfnet-h-b": published.gfnet_h_b,
 }
 
-RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}
-"""Recipes that had another name in earlier versions, with the name of today."""
+RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}  # names in earlier versions, and today's
 
 RUNGS: dict[str, Rung] = {  # in the order of tables and pages
     "labels": labels,
@@ -350,4 +349,4 @@ RUNG_GROUPS = {
     "the paper's ladder": ("identity", "hard", "soft", "affine", "imitation", "full"),
     "controls, on labels alone": ("mixer", "labels", "labels-long", "deleted"),
 }
-RUNG_GROUPS["research"] = tuple(name for name in RUNGS if not any(name in names for names in RUNG_GROUPS.values()))
+RUNG_GROUPS["research"] = tuple(name for name in RUNGS if name not in sum(RUNG_GROUPS.values(), ()))
