@@ -221,8 +221,8 @@ def deeper(recipe: Recipe) -> Recipe:
     """Deleted, with a block more in the deepest stage, about as slow as the network with its mixers."""
     depths = list(_depths(recipe))
     depths[depths.index(max(depths))] += 1
-    rung = deleted(replace(recipe, model=replace(recipe.model, depths=tuple(depths))))
-    return replace(rung, name=f"{recipe.name}-deeper")
+    model = replace(recipe.model, depths=tuple(depths))
+    return replace(deleted(replace(recipe, model=model)), name=f"{recipe.name}-deeper")
 
 
 def fitted(recipe: Recipe) -> Recipe:
@@ -276,9 +276,8 @@ def _rung(recipe: Recipe, name: str, mixer: str | tuple[str, ...], distill: Dist
 
 def _logits_alone(recipe: Recipe, label: float = 0.0, hard: float = 0.0, soft: float = 0.0) -> DistillConfig:
     """What the recipe learns from, with these terms instead of its own: no module teacher, no imitation."""
-    terms = replace(LABELS, label_weight=label, hard_weight=hard, soft_weight=soft).weights
-    plain = {f"{name}_weight": weight for name, weight in terms.items()}
-    return replace(recipe.distill, module_teacher="", start_from_teacher=False, schedule="constant", **plain)
+    alone = start(imitation(recipe)).distill
+    return replace(alone, module_teacher="", label_weight=label, hard_weight=hard, soft_weight=soft)
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -318,7 +317,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}  # names in earlier versions, and today's
-
 RUNGS: dict[str, Rung] = {  # in the order of tables and pages
     "labels": labels,
     "labels-long": labels_long,
