@@ -37,11 +37,14 @@ def folders_in(folder: Path, left_out: Counter[str]) -> list[str]:
     return sorted(names)
 
 
-def images_directly_in(folder: Path) -> list[str]:
-    """Names of the images directly inside a folder."""
-    ignored: Counter[str] = Counter()
+def images_directly_in(folder: Path, left_out: Counter[str]) -> list[str]:
+    """Names of the images directly inside a folder; other files are counted.
+
+    Raises:
+        ValueError: the folder cannot be read.
+    """
     with _readable(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.is_dir() and _is_image(entry, ignored))
+        return sorted(entry.name for entry in entries if not entry.is_dir() and _is_image(entry, left_out))
 
 
 def images_in(folder: Path, left_out: Counter[str]) -> list[Path]:

@@ -66,8 +66,8 @@ class ImageList:
 class Dataset:
     """The classes, the splits ("train", "val" and mostly "test"), and what was left out.
 
-    The classes of a folder are in timm's natural order: 1, 2, 10. `skipped` has a {"path", "reason"} for each image that
-    cannot be read; `left_out` counts what is no image, by reason.
+    The classes of a folder are in timm's natural order: 1, 2, 10. `skipped` has a {"path", "reason"} for each image
+    that cannot be read; `left_out` counts what is no image, by reason.
     """
 
     name: str
@@ -187,6 +187,8 @@ def _folder(config: DataConfig, record: dict[str, Any] | None, whole: bool) -> D
         found = {split: part["images"] for split, part in record["splits"].items()}
         left_out = record.get("left_out", {})
 
+    if record is None and "val" in found and config.val_fraction != DataConfig().val_fraction:
+        raise ValueError(f"--data.val-fraction is {config.val_fraction}, but has no effect: {root} has a val folder")
     hashes, bad = check_files(root, [name for part in found.values() for names in part.values() for name in names])
     if bad and (record is not None or config.on_bad == "error"):
         advice = "restore them" if record is not None else "mend or remove them, or leave them out: --data.on-bad skip"

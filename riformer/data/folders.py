@@ -71,7 +71,7 @@ def _split_folders(root: Path, left_out: Counter[str]) -> dict[str, Path]:
             raise ValueError(f"{root} has {', '.join(names)}, which all mean {split}; keep one of them")
     if not named:
         return {"train": root}
-    as_classes = [name for (name,) in named.values() if images_directly_in(root / name)]
+    as_classes = [name for (name,) in named.values() if images_directly_in(root / name, Counter())]
     others = [name for name in inside if [name] not in named.values()]
     if as_classes:
         raise ValueError(
@@ -91,7 +91,7 @@ def _split_folders(root: Path, left_out: Counter[str]) -> dict[str, Path]:
 
 def _find_classes(root: Path, folder: Path, left_out: Counter[str]) -> Split:
     """The images in each class folder, at any depth."""
-    if loose := images_directly_in(folder):
+    if loose := images_directly_in(folder, left_out):
         raise ValueError(
             f"{folder} has {len(loose)} images that lie in no class folder, such as {loose[0]}; "
             f"move them into the folder of their class, or away"

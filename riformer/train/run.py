@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_errors, write_text
-from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
+from riformer.config import Recipe, from_dict, reset_unused, to_dict, upgrade
 from riformer.version import __version__
 
 try:
@@ -118,7 +118,7 @@ class Run:
         """
         if (content := self.read("recipe.json")) is None:
             raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
-        return drop_idle(from_dict(upgrade(content)))  # earlier versions kept settings without effect
+        return reset_unused(from_dict(upgrade(content)))  # earlier versions kept settings without effect
 
     def is_trained(self) -> bool:
         """Whether all its epochs are done; False where nothing has begun.
