@@ -102,7 +102,7 @@ def commands(page: str) -> list[str]:
     """Command lines of `riformer` in code blocks, code spans and recipes of make, without their comments."""
     joined = re.sub(r"\\\n\s*", " ", page).replace("$(BIN)/", "").replace(".venv/bin/", "")
     lines = [line.strip() for line in joined.splitlines()]
-    spans = re.findall(r"`([^`]+)`", joined.replace("\n", " "))
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", joined, flags=re.DOTALL).replace("\n", " "))
     return [text.split("  #")[0] for text in [*lines, *spans] if re.match(r"(riformer|torchrun|python) |--\w", text)]
 
 

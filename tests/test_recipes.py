@@ -28,6 +28,7 @@ from riformer.recipes import (
     labels_long,
     teacher_recipe,
 )
+from riformer.train.run import Run
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -223,3 +224,20 @@ def test_controls_differ_from_the_recipe_in_what_they_learn_from_and_for_how_lon
     assert control.teacher == TeacherConfig()
     assert long.optim.epochs == recipe.optim.epochs + recipe.teacher.epochs
     assert control.distill == long.distill == DistillConfig()
+
+
+def test_a_run_that_an_earlier_version_began_is_the_run_of_the_same_recipe(tmp_path):
+    """It had research knobs in distill, and kept the settings of a teacher that its rung does not train."""
+    base = RECIPES["quickstart"]()
+    for recipe in (base, labels(base)):
+        old = to_dict(recipe)
+        old["distill"] |= old.pop("research")
+        old["teacher"] = to_dict(base)["teacher"]
+        run = Run(tmp_path / recipe.name)
+        run.path.mkdir()
+        run.write("recipe.json", old)
+        (run.path / "last").mkdir()  # so that another recipe would be refused
+        run.begin(recipe, world_size=1)
+        assert run.recipe() == recipe
+        with pytest.raises(ValueError, match="holds a run of another recipe"):
+            run.begin(dataclasses.replace(recipe, seed=1), world_size=1)

@@ -80,8 +80,8 @@ def predict_verb(argv: list[str]) -> int:
 def publish(argv: list[str]) -> int:
     """Writes a run's best model and a model card to a folder that timm reads, and pushes it to the Hugging Face Hub.
 
-    The card is the folder's README.md, with what the run folder says of the model, its accuracy and its training. A
-    model folder that was there is replaced, card and all. Pushing takes a network and a token (`hf auth login`).
+    The card is the folder's README.md, with what the run folder says of the model, its accuracy and its training. An
+    existing model folder is replaced, its card included. Pushing needs a network and a token (`hf auth login`).
     """
     parser = verb_parser("publish", publish)
     parser.add_argument("run", type=str, help="run folder")
@@ -94,10 +94,10 @@ def publish(argv: list[str]) -> int:
     if options.push:
         check_repository(options.push)
     elif options.private:
-        raise ValueError("--private is about the repository of --push OWNER/NAME, which was not given")
+        raise ValueError("--private has no effect without --push OWNER/NAME")
     best = Run(options.run).best()
     if best.resolve() == Path(options.folder).resolve():
-        raise ValueError(f"{options.folder} is the run's own best model, which it goes on needing; give another folder")
+        raise ValueError(f"{options.folder} is the run's own best model, which the run needs; give another folder")
     card, model = model_card(options.run, options.form, options.push), load(best)
     published, difference = _in_form(options.form, model)
     save_pretrained(published, options.folder, card)
@@ -134,7 +134,7 @@ def convert_verb(argv: list[str]) -> int:
 
 
 def _in_form(form: str, model: MetaFormer, tolerance: float = 1e-4) -> tuple[MetaFormer, float]:
-    """The model in that form, and how far logits of random images are apart, as a share of the largest logit."""
+    """The model in that form, and the largest difference of logits of random images, as a share of the largest."""
     changed = FORMS[form](model)
     images = torch.randn(8, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
     difference = compare(model, changed, [images.to(next(model.parameters()))]).max_rel

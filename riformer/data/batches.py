@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from riformer.config import AugmentConfig, DataConfig
 from riformer.data.dataset import ImageList
 from riformer.data.warp import GOLDEN, warp
+from riformer.data.workers import check_shared_memory, load
 from riformer.preprocess import Preprocessing
 
 
@@ -50,12 +50,18 @@ def _seed_from(*keys: int) -> int:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize, which for its strongest level asks Pillow to keep 0 bits: black, but Pillow 13 refuses."""
+    """timm's posterize, whose strongest level asks Pillow to keep 0 bits: black, but Pillow 13 refuses."""
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
-for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    auto_augment.NAME_TO_OP[_name] = _posterize
+def _mend_posterize(transform: Any) -> None:
+    """Gives the operations of this transform, and of no other, `_posterize` in place of timm's."""
+    for step in getattr(transform, "transforms", ()):
+        _mend_posterize(step)
+        policies = [getattr(step, "ops", ()), *(getattr(step, "policy", None) or ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
 
 
 def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image.Image], Tensor]:
@@ -69,7 +75,7 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image
         ValueError: timm knows no such `auto_augment`.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             data.img_size,
             is_training=True,
             scale=augment.crop_scale,
@@ -83,7 +89,9 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image
             re_mode="pixel",
         )
     except AssertionError as error:
-        raise ValueError(f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses: {error}") from error
+        raise ValueError(f"--augment.auto-augment {augment.auto_augment} is refused by timm: {error}") from error
+    _mend_posterize(transform)
+    return transform
 
 
 def preprocessing(data: DataConfig) -> Preprocessing:
@@ -96,7 +104,7 @@ TrainPart = tuple[Tensor, Tensor, Tensor]  # images, targets, and the indices of
 
 
 class _TrainParts:
-    """A part of a batch by its key (epoch, step, part, indices), and a pure function of it."""
+    """A part of a batch by its key (epoch, step, indices), and a pure function of it."""
 
     def __init__(
         self,
@@ -105,7 +113,6 @@ class _TrainParts:
         data: DataConfig,
         augment: AugmentConfig,
         seed: int,
-        rank: int,
         num_augmentations: int,
     ):
         self.images = images
@@ -116,11 +123,10 @@ class _TrainParts:
         if augment.mixes:
             self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
         self.seed = seed
-        self.rank = rank
         self.num_augmentations = num_augmentations
 
-    def __getitem__(self, key: tuple[int, int, int, list[int]]) -> TrainPart:
-        epoch, step, part, indices = key
+    def __getitem__(self, key: tuple[int, int, list[int]]) -> TrainPart:
+        epoch, step, indices = key
         labels = torch.tensor([self.images.labels[index] for index in indices])
         if self.warps:
             targets = F.one_hot(labels, self.num_classes).float()
@@ -129,7 +135,7 @@ class _TrainParts:
             images = torch.stack([self.augmented(epoch, index) for index in indices])
             if self.mixup is None:
                 return images, F.one_hot(labels, self.num_classes).float(), torch.tensor(indices)
-            _seed_generators(self.seed, epoch, step, self.rank, part)
+            _seed_generators(self.seed, epoch, step)  # not of the part: all of a step are mixed alike
             return *self.mixup(images, labels), torch.tensor(indices)
 
     def augmented(self, epoch: int, index: int) -> Tensor:
@@ -177,6 +183,7 @@ class TrainBatches:
         if len(images) < batch_size:
             raise ValueError(f"--optim.batch-size {batch_size} is more than the {len(images)} training images")
         self.part_size = batch_size // (world_size * accumulation)
+        check_shared_memory(self.part_size, data.img_size, data.num_workers)
         if augment.mixes and self.part_size % 2:
             raise ValueError(
                 f"mixup and cutmix pair images, but --optim.batch-size {batch_size} makes parts of {self.part_size}"
@@ -191,7 +198,7 @@ class TrainBatches:
         self.rank = rank
         self.world_size = world_size
         self.steps_per_epoch = len(images) // batch_size
-        self.parts = _TrainParts(images, num_classes, data, augment, seed, rank, num_augmentations)
+        self.parts = _TrainParts(images, num_classes, data, augment, seed, num_augmentations)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[TrainPart]]:
         """For each optimiser step from `start_step` on, this process's `accumulation` parts.
@@ -205,12 +212,27 @@ class TrainBatches:
         order = self._order(epoch)
         keys = []
         for step in range(start_step, self.steps_per_epoch):
-            for part in range(self.accumulation):
-                start = step * self.batch_size + (self.rank * self.accumulation + part) * self.part_size
-                keys.append((epoch, step, part, order[start : start + self.part_size]))
-        loaded = iter(_load(self.parts, keys, self.num_workers))
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            keys += [(epoch, step, self._part(batch, part)) for part in range(self.accumulation)]
+        loaded = iter(load(self.parts, keys, self.num_workers))
         for _ in range(start_step, self.steps_per_epoch):
             yield [self._finished(epoch, next(loaded)) for _ in range(self.accumulation)]
+
+    def _part(self, batch: list[int], part: int) -> list[int]:
+        """This process's part of that number of a whole batch.
+
+        Mixup and cutmix pair the first image of a batch with the last, the second with the last but one, and so on. A
+        part then takes as many images from the front as from the back, so that every pair lies in one part, and the
+        images of a step are mixed the same however it is divided.
+        """
+        number = self.rank * self.accumulation + part
+        if not self.augment.mixes:
+            return batch[number * self.part_size : (number + 1) * self.part_size]
+        half = self.part_size // 2
+        return (
+            batch[number * half : (number + 1) * half]
+            + batch[len(batch) - (number + 1) * half : len(batch) - number * half]
+        )
 
     def left_out(self, epoch: int) -> Iterable[TrainPart]:
         """This process's share of the images that fill no batch of an epoch, in parts like those of `epoch`.
@@ -221,8 +243,8 @@ class TrainBatches:
         starts = range(0, len(left), self.part_size)
         parts = [left[start : start + self.part_size] for start in starts]
         full = [(part * self.part_size)[: self.part_size] for part in parts]  # a teacher's bits depend on the number
-        keys = [(epoch, self.steps_per_epoch, *part) for part in enumerate(full)]
-        return (self._finished(epoch, part) for part in _load(self.parts, keys, self.num_workers))
+        keys = [(epoch, self.steps_per_epoch, part) for part in full]
+        return (self._finished(epoch, part) for part in load(self.parts, keys, self.num_workers))
 
     def _finished(self, epoch: int, part: TrainPart) -> TrainPart:
         """The part, warped if that is the policy: by keys that depend on seed, epoch and index alone."""
@@ -269,20 +291,4 @@ def eval_batches(
     """
     share = range(rank, len(images), world_size)
     keys = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-    return _load(_EvalParts(images, preprocessing), keys, num_workers)
-
-
-def _load(parts: Any, keys: list, num_workers: int) -> DataLoader:
-    """`parts[key]` for each key, in order, computed in worker processes if there are any.
-
-    Its own generator keeps torch's global one untouched.
-    """
-    return DataLoader(
-        parts,
-        batch_size=None,
-        sampler=keys,
-        num_workers=min(num_workers, len(keys)),
-        collate_fn=tuple,
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
+    return load(_EvalParts(images, preprocessing), keys, num_workers)

@@ -81,7 +81,7 @@ def read_file(path: str | Path, use_ema: bool = True, verify: bool = True) -> Ch
     if verify:
         _check_sums(path, metadata, state)
     _check_finite(path, state)
-    names = _label_names(content)
+    names = _label_names(content) if name else None
     return Checkpoint(dict(state), metadata.get(CONFIG_KEY), metadata.get(CONFIG_SUM), names)
 
 
@@ -97,7 +97,7 @@ def _read_torch(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 class _Inert:
-    """Stands in for every foreign class of a checkpoint; takes anything and does nothing."""
+    """Replaces every foreign class of a checkpoint; accepts any arguments and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -119,10 +119,8 @@ def _blocked(error: pickle.UnpicklingError) -> str:
     return f"it would run {names[0]}" if names else "it holds more than tensors and plain data"
 
 
-def _label_names(content: Any) -> tuple[str, ...] | None:
+def _label_names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Class names that a foreign checkpoint carries: those of mmpretrain's `meta`, or under a usual name."""
-    if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
-        return None
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     dataset = meta.get("dataset_meta")
@@ -137,7 +135,7 @@ def _label_names(content: Any) -> tuple[str, ...] | None:
 
 
 def checksums(tensors: Mapping[str, Tensor], config: str) -> dict[str, str]:
-    """The metadata by which damage is found: SHA-256 of the tensors (names, types, shapes, values) and of the text."""
+    """SHA-256 of the tensors (names, types, shapes, values) and of the text of config.json, as metadata of a file."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
@@ -152,11 +150,11 @@ def text_sum(text: str) -> str:
 
 
 def _check_sums(path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
-    """Passes files without checksums: those of others, and those that this package wrote before it had any."""
+    """Compares checksums. Files without any pass: those of others, and those that older versions wrote."""
     if not metadata.keys() & {WEIGHTS_SUM, CONFIG_SUM}:
         return
     expected = checksums(state, metadata.get(CONFIG_KEY, ""))
-    if CONFIG_KEY not in metadata and CONFIG_SUM in metadata:  # the text is config.json, which whoever reads it checks
+    if CONFIG_KEY not in metadata and CONFIG_SUM in metadata:  # the sum of a config.json, compared where that is read
         expected[CONFIG_SUM] = metadata[CONFIG_SUM]
     if {key: value for key, value in metadata.items() if key != CONFIG_KEY} != expected:
         raise ValueError(f"{path} is damaged: its content does not have the checksum that it was written with")

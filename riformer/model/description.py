@@ -23,7 +23,7 @@ from riformer.model.metaformer import MetaFormer
 
 logger = logging.getLogger(__name__)
 
-SECTION = "riformer"  # of config.json, for fields of pretrained_cfg that timm does not know; timm ignores it
+SECTION = "riformer"  # of config.json: fields of pretrained_cfg that timm does not know; timm ignores it
 _FIELDS = {field.name for field in fields(PretrainedCfg)}
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 _FACTORY_ARGS = {  # of timm.create_model and what it calls: where weights come from, and what is built around a network
@@ -55,7 +55,7 @@ def config_text(model: nn.Module) -> str:
     """The text of config.json for a model built by `timm.create_model`, in the form that it has now.
 
     Raises:
-        ValueError: the model was not built by `timm.create_model`, is wrapped, or has a note that is not JSON.
+        ValueError: the model was not built by `timm.create_model`, is wrapped, or carries a value that is not JSON.
     """
     if not hasattr(model, "pretrained_cfg") or hasattr(model, "_orig_mod"):
         raise ValueError(
@@ -77,7 +77,7 @@ def config_text(model: nn.Module) -> str:
             path = Path(folder) / "config.json"
             save_config_for_hf(model, str(path), model_config={"label_names": label_names}, model_args=args)
             config = json.loads(path.read_text(encoding="utf-8"))
-        known = _FIELDS - {"label_names"}  # which stand beside it
+        known = _FIELDS - {"label_names"}  # which config.json has outside of pretrained_cfg
         config["pretrained_cfg"] = {key: value for key, value in config["pretrained_cfg"].items() if key in known}
         return json.dumps({**config, SECTION: more} if more else config, indent=2)
     except TypeError as error:
@@ -124,13 +124,15 @@ def read_description(text: str) -> Description:
     if isinstance(names := pretrained_cfg.get("label_names"), Mapping):
         pretrained_cfg["label_names"] = [names[str(i)] for i in range(len(names))]
     num_classes = pretrained_cfg.get("num_classes")
-    if num_classes is not None and args.setdefault("num_classes", num_classes) != num_classes:
+    if args.get("num_classes") is None:
+        args["num_classes"] = num_classes
+    elif num_classes not in (None, args["num_classes"]):
         raise ValueError(f"num_classes is {num_classes}, but model_args.num_classes is {args['num_classes']}")
     return Description(name, args, pretrained_cfg, {key: more[key] for key in more if key not in _FIELDS})
 
 
 def check_size(args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Compares the arguments of a network with the weights that it is to have, before it takes time to build it.
+    """Compares the arguments of a network with its weights, before the network is built.
 
     Raises:
         ValueError: more blocks than the weights have tensors, or a number that no network is built with.
@@ -144,14 +146,16 @@ def check_size(args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _numbers(item)
+    """All numbers in nested lists and objects."""
+    items = [value]
+    while items:
+        item = items.pop()
+        if isinstance(item, int | float):
+            yield item
+        elif isinstance(item, list | tuple):
+            items.extend(item)
+        elif isinstance(item, Mapping):
+            items.extend(item.values())
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

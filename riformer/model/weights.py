@@ -1,6 +1,6 @@
-"""Weights in and out: strict loading, files and folders of this package's own, the start from other weights.
+"""Weights in and out: strict loading, the start from other weights, and this package's own files and folders.
 
-What is saved says itself what it is, and has a checksum that every load compares.
+A saved file or folder describes the model it holds, and has checksums that every load compares.
 """
 
 import logging
@@ -122,7 +122,7 @@ def _training_form(start: nn.Module, model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _warn_of_another_function(model: nn.Module, start: nn.Module, source: str) -> None:
-    """Says by a warning when two models differ that should compute the same."""
+    """Logs a warning when the two models give different logits."""
     outputs = []
     image = torch.randn(1, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
     for network in (model, start):
@@ -134,7 +134,8 @@ def _warn_of_another_function(model: nn.Module, start: nn.Module, source: str) -
     if not difference <= 1e-3:
         logger.warning(
             "%s computes another function than the model that starts from its weights: logits differ by %.0f %% of the "
-            "largest (a timm PoolFormer averages before the head's norm: pool_first=True)", source, 100 * difference
+            "largest (a timm PoolFormer averages before the head's norm, as pool_first=True does; another image size "
+            "resamples filters)", source, 100 * difference
         )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def _others(folder: Path) -> list[str]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: contiguous, and no memory shared."""
+    """The state dict as safetensors accepts it: contiguous, and without shared memory."""
     tensors, seen = {}, set()
     for key, tensor in model.state_dict().items():
         shared = tensor.untyped_storage().data_ptr() in seen
@@ -315,7 +316,7 @@ def _described(file: Checkpoint, text: str | None, form: str) -> tuple[dict[str,
 
 
 def _built(name: str, description: Description, state: Mapping[str, Tensor]) -> nn.Module:
-    """The network with its weights; what does not fit is found on the meta device, where no size takes memory."""
+    """The network with its weights. Keys and shapes are compared on the meta device first, which takes no memory."""
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models()) or timm.list_models("riformer_*")
         raise ValueError(f"model {name!r} is unknown; did you mean one of {near}?")

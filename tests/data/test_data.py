@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.auto_augment import AugmentOp
+from timm.data import auto_augment
 from torch import Tensor
 
 from riformer.config import AugmentConfig, DataConfig
@@ -643,15 +643,25 @@ def test_targets_are_one_hot_or_mixed(digits: Dataset) -> None:
         assert ((mixed > 0.01) & (mixed < 0.99)).any()
 
 
-def test_ranks_and_parts_mix_differently(digits: Dataset) -> None:
-    images = some(digits, 16)
-    numbered = replace(images, labels=list(range(16)))
-    batches = [
-        TrainBatches(numbered, 16, SMALL, replace(LIGHT, mixup=0.8), 0, 16, accumulation=2, rank=rank, world_size=2)
-        for rank in (0, 1)
-    ]
-    shares = [targets.max().item() for batch in batches for _, targets, _ in next(batch.epoch(0))]
-    assert len(set(shares)) == 4
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+@pytest.mark.parametrize("divided", [{"world_size": 2}, {"accumulation": 4}, {"world_size": 2, "accumulation": 2}])
+def test_mixing_is_the_same_however_a_step_is_divided(digits: Dataset, mixing: dict, divided: dict[str, int]) -> None:
+    images = replace(some(digits, 32), labels=list(range(32)))
+    augment = replace(EVERYTHING, **{"mixup": 0.0, "cutmix": 0.0, **mixing})
+
+    def steps(rank: int = 0, **divided: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
+        batches = TrainBatches(images, 32, SMALL, augment, 0, 16, rank=rank, **divided)
+        return [{int(i): (x, y) for part in parts for x, y, i in zip(*part, strict=True)} for parts in batches.epoch(0)]
+
+    whole = steps()
+    shares = [steps(rank, **divided) for rank in range(divided.get("world_size", 1))]
+    for number, step in enumerate(whole):
+        union = {index: mixed for share in shares for index, mixed in share[number].items()}
+        assert union.keys() == step.keys()
+        for index, (image, target) in step.items():
+            torch.testing.assert_close(union[index][0], image, rtol=0, atol=0)
+            torch.testing.assert_close(union[index][1], target, rtol=0, atol=0)
+    assert len({float(step[index][1].max()) for step in whole for index in step}) > 1  # a draw for each step
 
 
 def test_batches_that_cannot_be_made(digits: Dataset) -> None:
@@ -663,7 +673,7 @@ def test_batches_that_cannot_be_made(digits: Dataset) -> None:
         train_batches(digits, world_size=2, accumulation=3)
     with pytest.raises(ValueError, match=r"mixup and cutmix pair images, but --optim\.batch-size 6 makes parts of 3"):
         train_batches(digits, batch_size=6, world_size=2)
-    with pytest.raises(ValueError, match=r"augment\.auto_augment is 'rund', which timm refuses"):
+    with pytest.raises(ValueError, match=r"--augment\.auto-augment rund is refused by timm"):
         train_batches(digits, replace(EVERYTHING, auto_augment="rund"))
 
 
@@ -687,9 +697,15 @@ def test_augmentation_survives_its_strongest_levels(policy: str) -> None:
     assert drawn.std(dim=0).max() > 0.1
 
 
-def test_posterizing_to_no_bits_is_black() -> None:
-    strongest = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
+def test_posterizing_to_no_bits_is_black_and_timm_stays_as_it_is() -> None:
+    before = dict(auto_augment.NAME_TO_OP)
+    transform = train_transform(SMALL, replace(LIGHT, auto_augment="rand-m10-inc1"))
+    (policy,) = [step for step in transform.transforms if isinstance(step, auto_augment.RandAugment)]
+    (strongest,) = [operation for operation in policy.ops if operation.name == "PosterizeIncreasing"]
+    strongest.prob = 1.0
     assert strongest(Image.new("RGB", (2, 2), (250, 100, 50))).getpixel((0, 0)) == (0, 0, 0)
+    assert before == auto_augment.NAME_TO_OP
+    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is auto_augment.posterize
 
 
 def test_eval_transform_crops_and_normalises() -> None:

@@ -135,5 +135,5 @@ def test_what_cannot_be_warped_is_refused(tmp_path, image_folder) -> None:
     with pytest.raises(ValueError, match="policy warp is for grey images in memory"):
         TrainBatches(colored, 10, SMALL, WARP, 0, 8)
     check(Recipe(augment=WARP))
-    with pytest.raises(ValueError, match=r"augment\.hflip is 0\.0, but has no effect: augment\.policy is warp"):
+    with pytest.raises(ValueError, match=r"--augment\.hflip is 0\.0, but has no effect: --augment\.policy is warp"):
         check(Recipe(augment=replace(WARP, hflip=0.0)))

@@ -109,15 +109,16 @@ def test_a_teacher_near_chance_is_refused(tmp_path, colours, oracle):
 
 
 def test_a_teacher_that_changed_between_kill_and_resume_is_named(tmp_path):
-    def write_teacher():
+    def write_teacher(seed):
+        torch.manual_seed(seed)
         riformer.save(timm.create_model("riformer_micro", num_classes=10, img_size=8), tmp_path / "teacher")
 
     terms = dict(logit_teacher=str(tmp_path / "teacher"), label_weight=0.0, soft_weight=1.0, trust_teacher=True)
     learner = dataclasses.replace(plain(epochs=2), distill=DistillConfig(**terms))
-    write_teacher()
+    write_teacher(1)
     with pytest.raises(KeyboardInterrupt):
         train(learner, tmp_path / "run", stop_after(3))
-    write_teacher()
+    write_teacher(2)
     with pytest.raises(ValueError, match="teacher changed since"):
         train(learner, tmp_path / "run")
 
