@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all: written beside their place, flushed to disk, then renamed.
 
-Until then they lie in a working folder beside the destination, `.NAME.RANDOM.tmp`, which the writing process keeps
-locked. The lock of a process that was killed is gone, and the next write to the same destination removes its folder.
-Nothing else beside the destination is touched.
+They are written in a working folder beside the destination, `.NAME.RANDOM.tmp`, which the writing process holds locked.
+A process that is killed loses its lock, and the next write to the same destination removes its working folder. Nothing
+else beside the destination is touched.
 """
 
 import ctypes
@@ -101,7 +101,7 @@ def replace_folder(path: str | Path, keep_previous: bool = False) -> Iterator[Pa
 
 
 def previous(path: str | Path) -> Path:
-    """Where `replace_folder` keeps what it replaced, where it is told to."""
+    """Where `replace_folder` puts what it replaced, with `keep_previous`."""
     path = Path(path)
     return path.with_name(f"{path.name}.previous")
 
@@ -230,13 +230,14 @@ def _make_working_folder(path: Path) -> tuple[Path, int]:
 
 def _working_folders(path: Path) -> list[Path]:
     """Those for `path`, of living and of killed processes."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.tmp")
-    inside = []
-    with suppress(OSError), os.scandir(path.parent) as entries:
-        inside = [
-            Path(entry) for entry in entries if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-        ]
-    return [folder for folder in inside if set(os.listdir(folder)) <= {NEW, OLD, OLDER, LOCK}]
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.tmp")
+    folders = []
+    for name in filter(pattern.fullmatch, os.listdir(path.parent) if path.parent.is_dir() else []):
+        folder = path.parent / name
+        with suppress(OSError):  # a file, another user's folder, or one that was just removed
+            if not folder.is_symlink() and set(os.listdir(folder)) <= {NEW, OLD, OLDER, LOCK}:
+                folders.append(folder)
+    return folders
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -299,8 +300,9 @@ def _cause(error: Exception, folder: Path) -> OSError | None:
     safetensors has the system's number in its text. torch says nothing, so writing is tried once more.
     """
     if isinstance(error, OSError) and error.errno is not None:
-        is_here = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(folder)
-        return error if is_here or error.filename == str(folder.parent) else None
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+        is_here = any(Path(name) == folder.parent or Path(name).is_relative_to(folder) for name in names)
+        return error if is_here or not names else None
     if number := re.search(r"\(os error (\d+)\)", str(error)):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     try:

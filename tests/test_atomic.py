@@ -315,6 +315,32 @@ def test_another_process_that_writes_is_left_alone(tmp_path: Path) -> None:
 # errors
 
 
+def test_the_working_folder_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".m.abcdefgh.tmp").mkdir()
+
+    def listdir(path: Path, real: Callable = os.listdir) -> list[str]:
+        if Path(path).name == ".m.abcdefgh.tmp":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    write_folder(tmp_path / "m", "1")
+    assert names(tmp_path) == [".m.abcdefgh.tmp", "m"]
+
+
+def test_a_folder_that_cannot_be_moved_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "m", "1")
+
+    def rename(one: Path, other: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(one), None, str(other))
+
+    monkeypatch.setattr(atomic, "RENAME_EXCHANGE", 1 << 30)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match=rf"^cannot write {tmp_path}/m: Invalid cross-device link$"):
+        write_folder(tmp_path / "m", "2")
+    assert content(tmp_path / "m") == "1"
+
+
 def full_disk(number: int = errno.ENOSPC) -> OSError:
     return OSError(number, os.strerror(number))
 

@@ -1,9 +1,9 @@
-"""Teacher outputs kept on disk: the logits of each augmentation of each image, so that a teacher need see it only once.
+"""Teacher outputs on disk: the logits for each augmentation of each image, so that a teacher sees each of them once.
 
-The values are those that the teacher put out, in float32, so that a student learns exactly what it would from the live
-teacher; or, with `top_k`, the largest probabilities of each output and the rest of its mass spread evenly, which is
-then what the student learns from the first epoch on. Each row has a checksum: one that was never written, or is not
-whole, is computed again.
+The values are the teacher's own, in float32, so that a student learns exactly what it would learn from the teacher
+itself; or, with `top_k`, the largest probabilities of each output, with the rest spread evenly over the other classes,
+which is what the student then learns from the first epoch on. Each row has a checksum. A row that was never written or
+is damaged is computed again.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ MANIFEST, OUTPUTS = "manifest.json", "outputs.bin"
 class TeacherCache:
     """The outputs of a logit teacher, a row for each augmentation of each image, in one file that processes share.
 
-    `create` it in one process, then `open` it in all. An image's row may be written by one process and read by another.
+    One process calls `create`, then all call `open`. A row may be written by one process and read by another.
 
     Args:
-        folder: of the file and its manifest.
-        num_augmentations: of each image.
-        num_images: in the training split.
-        num_classes: logits of each output.
-        top_k: probabilities kept of each output; 0 keeps all logits.
+        folder: holds the file and its manifest.
+        num_augmentations: rows for each image.
+        num_images: images in the training split.
+        num_classes: logits in each output.
+        top_k: probabilities stored of each output; 0 stores all logits.
 
     Raises:
         ValueError: `top_k` is not below the number of classes.
@@ -49,13 +49,13 @@ class TeacherCache:
         self.folder = Path(folder)
         self.shape = (num_augmentations, num_images)
         self.num_classes, self.top_k = num_classes, top_k
-        # with top_k: log-probabilities of the likeliest classes, then that of any other class
+        # with top_k: the log-probabilities of the most probable classes, then that of any other class
         fields = [("values", "<f4", (top_k + 1,)), ("classes", "<i4", (top_k,))]
         self._row = np.dtype([*(fields if top_k else [("values", "<f4", (num_classes,))]), ("checksum", "<u4")])
         self.nbytes = num_augmentations * num_images * self._row.itemsize
 
     def describe(self) -> str:
-        """What is kept, how large it is, and where."""
+        """What is stored, its size and its place, for messages."""
         augmentations, images = self.shape
         what = f"{self.top_k} probabilities" if self.top_k else f"{self.num_classes:,} logits"
         plural = "s" if augmentations > 1 else ""
@@ -63,10 +63,10 @@ class TeacherCache:
         return f"{images:,} images x {augmentations} augmentation{plural} x {what}, {size} in {self.folder}"
 
     def check_space(self) -> None:
-        """Looks whether the disk has room for what was not created yet; the run folder must exist.
+        """Checks that the disk has room for a file that was not created yet; the run folder must exist.
 
         Raises:
-            ValueError: it has not.
+            ValueError: there is too little room.
         """
         free = shutil.disk_usage(self.folder.parent).free
         if not self.folder.exists() and free < self.nbytes:
@@ -76,9 +76,10 @@ class TeacherCache:
             )
 
     def create(self, origin: dict[str, Any]) -> None:
-        """Makes the empty file, all its space taken, and the manifest beside it; or checks those that are there.
+        """Makes an empty file of full size with its manifest, or checks that an existing one has the same origin.
 
-        `origin` is all that the outputs depend on, by name, as JSON types.
+        Args:
+            origin: what the outputs depend on, by name, as JSON types.
 
         Raises:
             ValueError: no room on the disk, or outputs of another origin; the message names the differences.
@@ -91,7 +92,7 @@ class TeacherCache:
         self.check_space()
         with replace_folder(self.folder) as beside:
             with open(beside / OUTPUTS, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error now, and no crash in an epoch
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error in an epoch
                     os.posix_fallocate(file.fileno(), 0, self.nbytes)
                 file.truncate(self.nbytes)
             (beside / MANIFEST).write_text(json.dumps(origin, indent=2), encoding="utf-8")
@@ -100,11 +101,12 @@ class TeacherCache:
         try:
             before = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             size = (self.folder / OUTPUTS).stat().st_size
+            if not isinstance(before, dict):
+                raise ValueError(f"{MANIFEST} holds no JSON object")
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} cannot be read ({error}); delete the folder to compute it anew") from error
-        names = sorted(before.keys() | origin.keys())
-        found = {name: (before.get(name), origin.get(name)) for name in names}
-        differences = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items() if old != new]
+        pairs = [(name, before.get(name), origin.get(name)) for name in sorted(before.keys() | origin.keys())]
+        differences = [f"{name}: {old!r} there, {new!r} now" for name, old, new in pairs if old != new]
         if size != self.nbytes and not differences:
             differences = [f"size of {OUTPUTS}: {size:,} bytes there, {self.nbytes:,} now"]
         if differences:
@@ -118,11 +120,11 @@ class TeacherCache:
         self._rows = np.memmap(self.folder / OUTPUTS, self._row, "r+", shape=self.shape)
 
     def flush(self) -> None:
-        """Waits until all that was written is on the disk, so that not even a power failure loses it."""
+        """Waits until all rows that were written are on the disk, safe from a power failure."""
         self._rows.flush()
 
     def logits(self, augmentation: int, indices: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """The logits of these images under this augmentation; `compute` gives those of all of them, if one is missing.
+        """The logits of these images under this augmentation. If any is missing, `compute` is called for all of them.
 
         Shape: indices [n], compute() [n, num_classes] on any device -> [n, num_classes] float32 on the CPU.
         """
@@ -157,7 +159,7 @@ class TeacherCache:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over a model's modules, by name and class, and its tensors, by name and content."""
+    """SHA-256 of a model: names and classes of its modules, names and contents of its tensors."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
@@ -168,7 +170,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _checksums(rows: np.ndarray) -> np.ndarray:
-    """CRC-32 of each row but its last field, the checksum; that of a row of zeros is not 0."""
+    """CRC-32 of each row without its last field, the checksum. It is not 0 for a row of zeros, which has 0 there."""
     contents = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)[:, :-4]
     return np.array([zlib.crc32(content) for content in contents], dtype=np.uint32)
 

@@ -191,9 +191,10 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{cache.nbytes - 1:,} bytes there, {cache.nbytes:,} now"):
         opened(tmp_path)
-    (tmp_path / "outputs" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cannot be read .*; delete the folder"):
-        opened(tmp_path)
+    for content in ("{", "[]", "7", ""):
+        (tmp_path / "outputs" / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=r"cannot be read .*; delete the folder"):
+            opened(tmp_path)
     shutil.rmtree(tmp_path / "outputs")
     (tmp_path / ".outputs.77.tmp").mkdir()  # by a creation that was killed
     opened(tmp_path)
