@@ -25,6 +25,9 @@ SHORT_HELP = (
 )
 """Knobs that --help explains; --help-all explains all of them."""
 
+MAY_CHANGE = ("-h", "--help", "--help-all", "--data.name", "--data.root", "--data.num-workers")
+"""Options beside --resume: data of the same content may lie elsewhere, and be read by another number of workers."""
+
 
 class RecipeOptions:
     """A parser for a verb that trains, with an option for every knob of a recipe.
@@ -125,8 +128,12 @@ def _source(argv: list[str]) -> tuple[Recipe, str, str]:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(option(name) for name in given)} each name a recipe; give one of them")
     if run := given.get("resume", ""):
-        if others and not {"-h", "--help", "--help-all"} & set(others):
-            raise ValueError(f"--resume takes every setting from the run; {' '.join(others)} cannot be given with it")
+        fixed = [name for name in others if name.startswith("-") and name.partition("=")[0] not in MAY_CHANGE]
+        if fixed:
+            raise ValueError(
+                f"--resume takes its settings from the run; {' '.join(fixed)} cannot be given with it, only "
+                f"{', '.join(MAY_CHANGE[3:])}"
+            )
         return Run(run).recipe(), "", run
     if file := given.get("config", ""):
         try:
