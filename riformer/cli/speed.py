@@ -10,11 +10,11 @@ from riformer.atomic import write_text
 from riformer.cli.options import console, errors, verb_parser
 from riformer.cli.tables import print_bench, print_profile
 from riformer.export.engines import ENGINES
+from riformer.machine import environment
 from riformer.measure.bench import bench, competitors, open_network
 from riformer.measure.profile import profile
 from riformer.pages.profile import draw
 from riformer.runtime.optimize import DTYPES
-from riformer.train.run import environment
 
 
 def bench_verb(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from riformer.atomic import write_text
 from riformer.export.engines import ENGINES
+from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
 from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.limit import product_peak, products_alone
@@ -30,7 +31,6 @@ from riformer.model.weights import load
 from riformer.runtime.native import supported
 from riformer.runtime.optimize import DTYPES
 from riformer.runtime.parity import compare, full_float32
-from riformer.train.run import environment
 
 BYTES = {"fp32": 4, "bf16x3": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp64": 8}
 

@@ -24,10 +24,11 @@ from riformer.data.dataset import Dataset, ImageList, open_dataset
 from riformer.data.folders import Split, find_splits, hold_out
 from riformer.distill.cache import TeacherCache
 from riformer.distill.teachers import Ensemble, describe, open_model
+from riformer.machine import cpu_name
 from riformer.measure.cost import count_params
 from riformer.recipes import teacher_recipe
 from riformer.train.build import build_model
-from riformer.train.run import Run, cpu_name
+from riformer.train.run import Run
 from riformer.train.step import backward, build, update
 
 NUM_TIMED = 2  # steps, after one that warms up

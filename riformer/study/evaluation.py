@@ -16,6 +16,7 @@ from riformer.config import DataConfig
 from riformer.data.batches import eval_batches
 from riformer.data.dataset import Dataset, ImageList, open_dataset
 from riformer.distill.teachers import describe
+from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
 from riformer.measure.latency import Spread, images_per_s
 from riformer.model.fuse import deploy_form
@@ -25,7 +26,7 @@ from riformer.preprocess import Preprocessing
 from riformer.runtime.parity import compare, full_float32
 from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
-from riformer.train.run import Run, environment
+from riformer.train.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -18,15 +18,11 @@ import json
 import logging
 import os
 import pickle
-import platform
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -35,7 +31,7 @@ import torch
 
 from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_errors, write_text
 from riformer.config import Recipe, from_dict, reset_unused, to_dict, upgrade
-from riformer.version import __version__
+from riformer.machine import environment
 
 try:
     import fcntl
@@ -278,30 +274,6 @@ class Run:
         """The folders of the saved states, the newest first."""
         last = self.path / "last"
         return [folder for folder in (recover(last), previous(last)) if folder.exists()]
-
-
-def environment(world_size: int) -> dict[str, Any]:
-    """Date, versions and machine, for the record."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "riformer": __version__,
-        "python": sys.version.split()[0],
-        **{name: version(name) for name in ("torch", "torchvision", "timm")},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "num_threads": torch.get_num_threads(),
-        "world_size": world_size,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _at_home(recipe: Recipe) -> Recipe:
