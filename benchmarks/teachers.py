@@ -20,7 +20,7 @@ from typing import Any
 
 from riformer.cli.console import Console
 from riformer.cli.progress import TrainProgress
-from riformer.config import DistillConfig, Recipe, TeacherConfig, drop_idle
+from riformer.config import DistillConfig, Recipe, TeacherConfig, reset_unused
 from riformer.recipes import FULL, RECIPES, labels, teacher_recipe
 from riformer.study.ladder import run_ladder
 from riformer.train.run import Run
@@ -78,7 +78,7 @@ def taught(family: str, seed: int, out: Path) -> list[Recipe]:
     logits = replace(LOGITS, logit_teacher=folder)
     modules = replace(IMITATION, logit_teacher=folder, module_teacher=folder)
     return [
-        drop_idle(replace(student(), name=f"{family}-{name}", distill=distill))
+        reset_unused(replace(student(), name=f"{family}-{name}", distill=distill))
         for name, distill in (("logits", logits), ("imitation", modules))
     ]
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+
+MAX_ASPECT = 32  # longer side over shorter side of an image that is resized whole
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,11 @@ class Preprocessing:
         return cls(**{name: config[name] for name in cls.__dataclass_fields__})
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Shape: RGB image -> [*input_size], normalised."""
-        return create_transform(
+        """timm's transform, with very long images cut to their middle first, of which the crop keeps no more.
+
+        Shape: RGB image -> [*input_size], normalised.
+        """
+        transform = create_transform(
             self.input_size,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
@@ -45,3 +51,18 @@ class Preprocessing:
             mean=self.mean,
             std=self.std,
         )
+        return partial(_transformed, transform, self.crop_mode == "center")
+
+
+def _transformed(transform: Callable[[Image.Image], Tensor], crops_middle: bool, image: Image.Image) -> Tensor:
+    return transform(_middle(image) if crops_middle else image)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The image, or the middle of one that is far longer than wide: resized whole, it would not fit into memory."""
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))

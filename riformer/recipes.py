@@ -17,7 +17,7 @@ from riformer.config import (
     OptimConfig,
     Recipe,
     TeacherConfig,
-    drop_idle,
+    reset_unused,
 )
 from riformer.published import PARADIGM
 from riformer.sizes import VARIANTS
@@ -124,18 +124,18 @@ def at_budget(recipe: Recipe, times: int) -> Recipe:
     """
     if times < 1:
         raise ValueError(f"a budget is {times}; it must be 1 or more times the recipe's epochs")
-    optim = recipe.optim
+    optim, teacher = recipe.optim, recipe.teacher
     return replace(
         recipe,
         name=f"{recipe.name}-{times}x",
-        teacher=replace(recipe.teacher, epochs=times * recipe.teacher.epochs),
+        teacher=replace(teacher, epochs=times * teacher.epochs),
         optim=replace(optim, epochs=times * optim.epochs, warmup_epochs=times * optim.warmup_epochs),
     )
 
 
 def labels(recipe: Recipe) -> Recipe:
     """The same network on labels alone, for as many steps."""
-    return drop_idle(replace(recipe, name=f"{recipe.name}-labels", distill=LABELS), since=recipe)
+    return reset_unused(replace(recipe, name=f"{recipe.name}-labels", distill=LABELS), since=recipe)
 
 
 def labels_long(recipe: Recipe) -> Recipe:
@@ -221,8 +221,8 @@ def deeper(recipe: Recipe) -> Recipe:
     """Deleted, with a block more in the deepest stage, about as slow as the network with its mixers."""
     depths = list(_depths(recipe))
     depths[depths.index(max(depths))] += 1
-    rung = deleted(replace(recipe, model=replace(recipe.model, depths=tuple(depths))))
-    return replace(rung, name=f"{recipe.name}-deeper")
+    model = replace(recipe.model, depths=tuple(depths))
+    return replace(deleted(replace(recipe, model=model)), name=f"{recipe.name}-deeper")
 
 
 def fitted(recipe: Recipe) -> Recipe:
@@ -271,14 +271,13 @@ def _depths(recipe: Recipe) -> tuple[int, ...]:
 def _rung(recipe: Recipe, name: str, mixer: str | tuple[str, ...], distill: DistillConfig) -> Recipe:
     """The recipe with this mixer and loss. Knobs without effect in it go back to their defaults."""
     changed = replace(recipe, name=f"{recipe.name}-{name}", model=replace(recipe.model, mixer=mixer), distill=distill)
-    return drop_idle(changed, since=recipe)
+    return reset_unused(changed, since=recipe)
 
 
 def _logits_alone(recipe: Recipe, label: float = 0.0, hard: float = 0.0, soft: float = 0.0) -> DistillConfig:
     """What the recipe learns from, with these terms instead of its own: no module teacher, no imitation."""
-    terms = replace(LABELS, label_weight=label, hard_weight=hard, soft_weight=soft).weights
-    plain = {f"{name}_weight": weight for name, weight in terms.items()}
-    return replace(recipe.distill, module_teacher="", start_from_teacher=False, schedule="constant", **plain)
+    alone = start(imitation(recipe)).distill
+    return replace(alone, module_teacher="", label_weight=label, hard_weight=hard, soft_weight=soft)
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -290,7 +289,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         model = replace(recipe.model, mixer=teacher.mixer, start="")
     optim = replace(recipe.optim, epochs=teacher.epochs, lr=teacher.lr)
     training = replace(recipe, name=f"{recipe.name}-teacher", model=model, distill=LABELS, optim=optim)
-    return drop_idle(training, since=recipe)
+    return reset_unused(training, since=recipe)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -317,9 +316,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "gfnet-h-b": published.gfnet_h_b,
 }
 
-RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}
-"""Recipes that had another name in earlier versions, with the name of today."""
-
+RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}  # names in earlier versions, and today's
 RUNGS: dict[str, Rung] = {  # in the order of tables and pages
     "labels": labels,
     "labels-long": labels_long,
@@ -350,4 +347,4 @@ RUNG_GROUPS = {
     "the paper's ladder": ("identity", "hard", "soft", "affine", "imitation", "full"),
     "controls, on labels alone": ("mixer", "labels", "labels-long", "deleted"),
 }
-RUNG_GROUPS["research"] = tuple(name for name in RUNGS if not any(name in names for names in RUNG_GROUPS.values()))
+RUNG_GROUPS["research"] = tuple(name for name in RUNGS if name not in sum(RUNG_GROUPS.values(), ()))

@@ -76,11 +76,11 @@ def test_the_bars_of_a_gpu_follow_from_the_files(tmp_path, gpu):
 
 
 def test_every_gpu_question_names_engines_that_exist(gpu):
-    from riformer.export.engines import BACKENDS
+    from riformer.export.engines import ENGINES
 
     for question in (*gpu.QUESTIONS, *gpu.SMOKE):
         for entry in question.entries:
-            assert entry.precision in BACKENDS[entry.backend].precisions
+            assert entry.precision in ENGINES[entry.backend].precisions
 
 
 def test_the_ladder_records_each_run_once_and_repeats_bit_for_bit(tmp_path, run_script, monkeypatch):

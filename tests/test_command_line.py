@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from riformer.cli.progress import TrainProgress
 from riformer.cli.recipe import KNOBS, SHORT_HELP, RecipeOptions
 from riformer.config import Recipe, from_dict, to_dict
 from riformer.config.knobs import option, value_of
+from riformer.data.dataset import open_dataset
 from riformer.recipes import RECIPES, RENAMED, TeacherConfig, quickstart
 
 
@@ -319,6 +321,7 @@ NASTY = [
     "lesion [benign]", "[/]", "[bold]x[/bold]", "[red", "[link=x]y", ":smile:", "a\\[b]",
     "\x1b[31mred\x1b[0m", "a\rb", "a\x00b",
     b"caf\xe9".decode("utf-8", "surrogateescape"), "\x9b2J", "\u202egnp.exe",
+    "a\nriformer: all is well",
 ]  # fmt: skip
 
 
@@ -329,11 +332,11 @@ def test_names_of_users_are_shown_as_text(name):
     table = Table(name, "one", title=name, caption=name)
     table.add_row(name, "1")
     console.print(table)
-    console.print(name, soft_wrap=True)
-    console.print(f"before {name} after")
+    console.print(printable(name), soft_wrap=True)
+    console.print(f"before {printable(name)} after")
     with console.activity(name) as show:
         show(name)
-    log = logging.LogRecord("riformer", logging.WARNING, "", 1, "left out %s", (name,), None)
+    log = logging.LogRecord("riformer", logging.WARNING, "", 1, "left out %s", (printable(name),), None)
     LogHandler(console).handle(log)
     file.flush()
     shown = file.buffer.getvalue().decode()
@@ -362,3 +365,13 @@ def test_progress_shows_the_validation_of_the_epoch_that_ended(is_terminal):
     assert f"{run}: going on at step 1" in shown
     assert f"{run}: a imitates b" in shown
     assert "val 87.5" in shown
+
+
+def test_a_fraction_for_validation_is_refused_where_a_folder_has_val(image_folder, tmp_path, capsys):
+    for split in ("train", "val"):
+        shutil.copytree(image_folder, tmp_path / "whole" / split)
+    command = f"--data.name folder:{tmp_path / 'whole'} --optim.batch-size 8 --out {tmp_path / 'run'}"
+    message = refused(capsys, "train", f"{command} --data.val-fraction 0.4")
+    assert "--data.val-fraction is 0.4, but has no effect:" in message
+    assert "has a val folder" in message
+    assert open_dataset(recipe_of(command.partition(" --out")[0]).data, 0).splits.keys() == {"train", "val"}

@@ -19,8 +19,8 @@ from riformer.config import (
     ResearchConfig,
     TeacherConfig,
     check,
-    drop_idle,
     from_dict,
+    reset_unused,
     to_dict,
     upgrade,
 )
@@ -180,8 +180,8 @@ def test_a_setting_without_effect_is_refused_where_it_has_none_and_nowhere_else(
     with pytest.raises(ValueError, match="but has no effect: ") as error:
         check(changed)
     assert f"{option(knob)} is {value!r}, but has no effect: " in str(error.value)
-    assert drop_idle(changed) == recipe
-    assert drop_idle(changed, since=recipe) == changed  # it was set on purpose
+    assert reset_unused(changed) == recipe
+    assert reset_unused(changed, since=recipe) == changed  # it was set on purpose
     if elsewhere:
         check(with_value(replace(recipe, **elsewhere), knob, value))
 
@@ -189,7 +189,7 @@ def test_a_setting_without_effect_is_refused_where_it_has_none_and_nowhere_else(
 def test_what_a_change_makes_idle_goes_back_to_its_default_and_nothing_else():
     before = replace(quickstart(), data=DataConfig(root="/data"))  # idle before, and to be refused
     after = replace(before, distill=LABELS, optim=replace(before.optim, label_smoothing=0.2))
-    settled = drop_idle(after, since=before)
+    settled = reset_unused(after, since=before)
     assert settled == replace(after, teacher=TeacherConfig())
     assert before.teacher != TeacherConfig()
 
@@ -198,7 +198,7 @@ def test_what_a_change_makes_idle_goes_back_to_its_default_and_nothing_else():
 def test_no_recipe_has_a_setting_without_effect(name):
     recipe = RECIPES[name]()
     check(recipe)
-    assert drop_idle(recipe) == recipe
+    assert reset_unused(recipe) == recipe
     assert value_of(recipe, "name") == name
 
 

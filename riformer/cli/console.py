@@ -13,25 +13,32 @@ BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 """Characters that change the direction of what follows."""
 
 
-def printable(text: str) -> str:
-    r"""The text with control characters, but for \n and \t, lone surrogates and changes of direction escaped."""
+def printable(text: str, keep: str = "\t") -> str:
+    """The text with control characters, line ends, lone surrogates and changes of direction escaped as in a literal."""
 
     def shown(char: str) -> str:
         code = ord(char)
-        hidden = (code < 32 and char not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000 or code in BIDI
-        return char.encode("unicode_escape").decode() if hidden else char
+        escaped = code < 32 or 127 <= code < 160 or 0xD800 <= code < 0xE000 or code in BIDI
+        return char.encode("unicode_escape").decode() if escaped and char not in keep else char
 
     return text if text.isprintable() else "".join(map(shown, text))
 
 
 class Console(console.Console):
-    """A console without markup: styles are arguments, and every string is shown as it is."""
+    """A console without markup: styles are arguments, and every string is shown as it is.
+
+    A string that is printed by itself may have several lines, one in a table has one.
+    """
 
     def __init__(self, **settings: Any):
         super().__init__(markup=False, highlight=False, emoji=False, **settings)
 
+    def print(self, *objects: Any, **settings: Any) -> None:
+        texts = [Text(printable(value, keep="\n\t")) if isinstance(value, str) else value for value in objects]
+        super().print(*texts, **settings)
+
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Through which go all strings that are printed, those in cells of tables too."""
+        """Makes the text of strings inside of what is printed, such as the cells of a table."""
         return super().render_str(printable(text), **settings)
 
     @contextmanager
@@ -48,4 +55,4 @@ class LogHandler(RichHandler):
         super().__init__(console=console, show_time=False, show_path=False)
 
     def render_message(self, record: logging.LogRecord, message: str) -> console.ConsoleRenderable:
-        return super().render_message(record, printable(message))
+        return super().render_message(record, printable(message, keep="\n\t"))

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,10 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
 from riformer.pages.card import model_card
 from riformer.runtime.parity import compare
-from riformer.runtime.predict import Prediction, find_images, predict
+from riformer.runtime.predict import Prediction, on_engine, predict
 from riformer.train.run import Run
+from riformer.walk import describe as describe_left_out
+from riformer.walk import find_images
 
 
 def fuse_verb(argv: list[str]) -> int:
@@ -56,10 +59,19 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument("--top-k", type=int, default=1, help="classes to name for each image, the most probable first")
     parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
     parser.add_argument("--batch-size", type=int, default=32, help="images computed at once")
+    engines = Literal["auto", "eager", "native", "triton", "portable"]
+    engine_help = "what computes: auto takes the fastest that is here and takes the model; see docs/speed.md"
+    parser.add_argument("--engine", type=engines, default="auto", help=engine_help)
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
-    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
-    predictions = predict(deploy_form(load_model(options.model)), images, options.top_k, options.batch_size)
+    left_out: Counter[str] = Counter()
+    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else find_images(options.images, left_out)
+    if left_out:
+        errors.print(f"left out: {describe_left_out(left_out)}", soft_wrap=True)
+    with errors.activity("preparing the network; its code is compiled once on each machine"):
+        model, about = on_engine(deploy_form(load_model(options.model)), options.engine)
+    errors.print(about, soft_wrap=True)
+    predictions = predict(model, images, options.top_k, options.batch_size)
     failed = False
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
     table = Table(Column("image", overflow="fold"), *headings)

@@ -1,9 +1,8 @@
 """What the verbs share: consoles, parsers, and what a command line names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +64,7 @@ def load_model(path: str | Path) -> nn.Module:
     return load(path).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
 
-def known(name: str, table: Any, kind: str) -> str:
+def check_name(name: str, table: Collection[str], kind: str) -> str:
     """The name, if the table has it.
 
     Raises:

@@ -7,7 +7,7 @@ import timm
 import torch
 from rich.table import Table
 
-from riformer.cli.options import console, known, verb_parser
+from riformer.cli.options import check_name, console, verb_parser
 from riformer.data.dataset import DATASETS
 from riformer.measure.cost import count_params
 from riformer.model.mixers import MIXERS
@@ -55,7 +55,7 @@ def list_verb(argv: list[str]) -> int:
     parser.add_argument("kinds", type=str, nargs="*", help=f"what to list: {', '.join(kinds)} (default: all)")
     options = parser.parse_args(argv)
     for kind in options.kinds or kinds:
-        known(kind, kinds, "list")
+        check_name(kind, kinds, "list")
         for title, entries in _entries(kind).items():
             table = Table(
                 "name", "", title=title, title_justify="left", title_style="bold", show_header=False, box=None

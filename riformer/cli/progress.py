@@ -64,11 +64,11 @@ class TrainProgress:
             self._epoch(self.trainings[line["run"]], line)
 
     def _start(self, line: dict[str, Any]) -> None:
-        run = line["run"]
-        if run in self.trainings:
+        if line["run"] in self.trainings:
             return
-        task = self.bars.add_task(printable(run), total=line["num_steps"], completed=line["step"], numbers="")
-        self.trainings[run] = _Training(task)
+        run = printable(line["run"])
+        task = self.bars.add_task(run, total=line["num_steps"], completed=line["step"], numbers="")
+        self.trainings[line["run"]] = _Training(task)
         if 0 < line["step"] < line["num_steps"]:
             self.console.print(f"{run}: going on at step {line['step']}", soft_wrap=True)
         for pair in line["pairs"]:
@@ -92,5 +92,5 @@ class TrainProgress:
         self.bars.update(training.task, numbers=training.numbers, visible=is_shown)
         if not self.console.is_terminal and (is_last or time.monotonic() - training.printed_at > LINE_SECONDS):
             training.printed_at = time.monotonic()
-            place = f"{line['run']}: step {line['step']}/{line['num_steps']}"
+            place = f"{printable(line['run'])}: step {line['step']}/{line['num_steps']}"
             self.console.print(f"{place}, {training.numbers}", soft_wrap=True)

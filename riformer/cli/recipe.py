@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from riformer.cli.options import known, verb_parser
+from riformer.cli.options import check_name, verb_parser
 from riformer.cli.parsing import Parser, dashed, written
-from riformer.config import Recipe, drop_idle, from_dict, upgrade
+from riformer.config import Recipe, from_dict, reset_unused, upgrade
 from riformer.config.knobs import default_of, option, value_of, with_value
 from riformer.config.serialise import MOVED
 from riformer.recipes import RECIPES, RENAMED, RUNGS, at_budget
@@ -24,6 +24,9 @@ SHORT_HELP = (
     *("optim.lr", "optim.epochs", "optim.batch_size", "optim.accumulation", "optim.precision"),
 )
 """Knobs that --help explains; --help-all explains all of them."""
+
+MAY_CHANGE = ("-h", "--help", "--help-all", "--data.name", "--data.root", "--data.num-workers")
+"""Options beside --resume: data of the same content may lie elsewhere, and be read by another number of workers."""
 
 
 class RecipeOptions:
@@ -65,7 +68,7 @@ class RecipeOptions:
         self.overrides = {knob: value for knob, value in given.items() if knob in KNOBS}
         for knob, value in self.overrides.items():
             recipe = with_value(recipe, knob, value)
-        return options, drop_idle(recipe, since=self.base)
+        return options, reset_unused(recipe, since=self.base)
 
     def _add_knobs(self) -> None:
         section, group = "", self.parser.add_argument_group("run")
@@ -85,7 +88,7 @@ class RecipeOptions:
             ValueError: an unknown rung; an override that one replaces by another value, or that none of them uses.
         """
         times: Sequence[int | None] = budgets or [None]
-        rungs = [(known(name, RUNGS, "rung"), budget) for budget in times for name in names]
+        rungs = [(check_name(name, RUNGS, "rung"), budget) for budget in times for name in names]
         changed = [_on_rung(recipe, *rung) for rung in rungs]
         for knob, value in self.overrides.items():
             without = with_value(recipe, knob, value_of(self.base, knob))
@@ -125,8 +128,12 @@ def _source(argv: list[str]) -> tuple[Recipe, str, str]:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(option(name) for name in given)} each name a recipe; give one of them")
     if run := given.get("resume", ""):
-        if others and not {"-h", "--help", "--help-all"} & set(others):
-            raise ValueError(f"--resume takes every setting from the run; {' '.join(others)} cannot be given with it")
+        fixed = [name for name in others if name.startswith("-") and name.partition("=")[0] not in MAY_CHANGE]
+        if fixed:
+            raise ValueError(
+                f"--resume takes its settings from the run; {' '.join(fixed)} cannot be given with it, only "
+                f"{', '.join(MAY_CHANGE[3:])}"
+            )
         return Run(run).recipe(), "", run
     if file := given.get("config", ""):
         try:
@@ -136,7 +143,7 @@ def _source(argv: list[str]) -> tuple[Recipe, str, str]:
     name = given.get("recipe") or "quickstart"
     if name in RENAMED:
         raise ValueError(f"the recipe {name} is now {RENAMED[name]}")
-    recipe = RECIPES[known(name, RECIPES, "recipe")]
+    recipe = RECIPES[check_name(name, RECIPES, "recipe")]
     return recipe(), f"The recipe {name}: {inspect.cleandoc(recipe.__doc__ or '')}", ""
 
 

@@ -9,7 +9,7 @@ import torch
 from riformer.atomic import write_text
 from riformer.cli.options import console, errors, verb_parser
 from riformer.cli.tables import print_bench, print_profile
-from riformer.export.engines import BACKENDS
+from riformer.export.engines import ENGINES
 from riformer.measure.bench import bench, competitors, open_network
 from riformer.measure.profile import profile
 from riformer.pages.profile import draw
@@ -28,7 +28,7 @@ def bench_verb(argv: list[str]) -> int:
     """
     parser = verb_parser("bench", bench_verb)
     parser.add_argument("models", type=str, nargs="+", help="timm names, run folders, model folders or weights files")
-    backends_help = f"engines, in the order of the rows: {', '.join(BACKENDS)}"
+    backends_help = f"engines, in the order of the rows: {', '.join(ENGINES)}"
     parser.add_argument("--backends", type=list[str], default=["eager", "ours"], help=backends_help)
     precisions_help = "fp32, bf16x3, bf16, fp16, int8; what an engine lacks is left out"
     parser.add_argument("--precisions", type=list[str], default=["fp32", "bf16"], help=precisions_help)

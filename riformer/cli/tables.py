@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from riformer.cli.console import Console
+from riformer.cli.console import Console, printable
 from riformer.measure.dryrun import Projection
 from riformer.measure.profile import Profile
 from riformer.train.run import Run
@@ -31,7 +31,7 @@ def print_projections(projections: list[Projection], console: Console) -> None:
             f"{_duration(p.update_seconds)} for the update"
         )
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     console.print(table)
     in_all = _duration(sum(p.total_seconds for p in projections))
     console.print(

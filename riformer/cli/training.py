@@ -112,10 +112,10 @@ def evaluate(argv: list[str]) -> int:
             print_evaluations({recipe.name: [measured]}, main_console())  # first, as the run may be read-only
             run.write("evaluation.json", measured)
             return 0
-        data, origin = recipe.data, {"seed": recipe.seed, "record": run.read("data.json")}
+        data, origin = recipe.data, {"record": run.read("data.json")}
     elif recipe and options.data.name == recipe.data.name:  # of what it trained on, what it did not train on
         data = DataConfig(**vars(options.data))
-        origin = {"seed": recipe.seed, "record": run.read("data.json")}
+        origin = {"record": run.read("data.json")}
     elif options.data.name:
         data, origin = DataConfig(**vars(options.data)), {}
     else:

@@ -10,7 +10,7 @@ from riformer.config.knobs import (
     ResearchConfig,
     TeacherConfig,
 )
-from riformer.config.rules import check, drop_idle
+from riformer.config.rules import check, reset_unused
 from riformer.config.serialise import from_dict, to_dict, upgrade
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
     "ResearchConfig",
     "TeacherConfig",
     "check",
-    "drop_idle",
     "from_dict",
+    "reset_unused",
     "to_dict",
     "upgrade",
 ]

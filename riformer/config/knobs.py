@@ -41,6 +41,8 @@ class DataConfig:
     """mean of the red, green and blue channel, of values in 0..1"""
     std: tuple[PositiveShare, PositiveShare, PositiveShare] = (0.229, 0.224, 0.225)
     """standard deviation of the red, green and blue channel, of values in 0..1"""
+    split_seed: int = 0
+    """decides which images are held out for validation when a folder has no val; not the seed of the training"""
     val_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
     """share of each class held out for validation when a folder has no val"""
     on_bad: Literal["error", "skip"] = "error"

@@ -29,13 +29,13 @@ def check(recipe: Recipe) -> None:
     """
     reasons = refusals(recipe)
     if not reasons:  # the rules need values of the right types
-        pairs = [*_contradictions(recipe), *idle(recipe)]
+        pairs = [*_contradictions(recipe), *unused_settings(recipe)]
         reasons = [f"{option(knob)} is {value_of(recipe, knob)!r}, but {why}" for knob, why in pairs]
     if reasons:
         raise ValueError(f"recipe {recipe.name!r}:\n  " + "\n  ".join(reasons))
 
 
-def idle(recipe: Recipe) -> list[tuple[str, str]]:
+def unused_settings(recipe: Recipe) -> list[tuple[str, str]]:
     """Knobs that are not at their defaults and have no effect in this recipe, each with the reason."""
     data, augment, model, teacher, distill = recipe.data, recipe.augment, recipe.model, recipe.teacher, recipe.distill
     warps, riformers, own = augment.policy == "warp", model.name.startswith("riformer_"), distill.trains_teacher
@@ -45,7 +45,7 @@ def idle(recipe: Recipe) -> list[tuple[str, str]]:
     rules: list[tuple[tuple[str, ...], object, str]] = [  # knobs, whether they have an effect, and why they have none
         (("data.root",), data.name in WITH_ROOT, f"only {', '.join(WITH_ROOT)} have one"),
         (("data.on_bad",), data.name not in BUILT_IN, f"{data.name} is no folder of images"),
-        (("data.val_fraction",), data.name not in BUILT_IN, f"{data.name} has splits of its own"),
+        (("data.val_fraction", "data.split_seed"), data.name not in BUILT_IN, f"{data.name} has splits of its own"),
         (TIMM_POLICY, not warps, "--augment.policy is warp"),
         (("augment.color_jitter",), warps or jitters, "--augment.auto-augment is set, which changes colours itself"),
         (tuple(f"model.{name}" for name in SIZES), riformers, f"{model.name} is no riformer_*; use --model.args"),
@@ -71,14 +71,14 @@ def idle(recipe: Recipe) -> list[tuple[str, str]]:
     return [(knob, why) for knob, why in unused if value_of(recipe, knob) != default_of(knob)]
 
 
-def drop_idle(recipe: Recipe, since: Recipe | None = None) -> Recipe:
-    """The recipe with its idle knobs back at their defaults.
+def reset_unused(recipe: Recipe, since: Recipe | None = None) -> Recipe:
+    """The recipe with unused knobs back at their defaults.
 
-    With `since`, the recipe before a change, only knobs that the change made idle without setting them; what was set,
-    or was idle before, stays for `check` to refuse.
+    With `since`, the recipe before a change, only knobs that the change left unused without setting them; what was
+    set, or was unused before, stays for `check` to refuse.
     """
-    before = {knob for knob, _ in idle(since)} if since else set()
-    for knob, _ in idle(recipe):
+    before = {knob for knob, _ in unused_settings(since)} if since else set()
+    for knob, _ in unused_settings(recipe):
         if since is None or (knob not in before and value_of(recipe, knob) == value_of(since, knob)):
             recipe = with_value(recipe, knob, default_of(knob))
     return recipe

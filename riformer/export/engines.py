@@ -1,4 +1,8 @@
-"""The engines that a network can run on, each at its best: what `riformer bench` compares."""
+"""The engines that a network can run on, each at its best: what `riformer bench` compares.
+
+An exporter is to go beside this file, one file a target. What is built here in memory for ONNX Runtime and OpenVINO is
+then what the exporter of that target writes, and this table takes it from there.
+"""
 
 import tempfile
 import warnings
@@ -16,7 +20,7 @@ from riformer.runtime.optimize import DTYPES, optimize
 Runner = Callable[[Tensor], Tensor]
 
 
-class Backend(NamedTuple):
+class Engine(NamedTuple):
     """How a runner is made of `(model, example, precision)`, in which precisions, and whether of RIFormers alone.
 
     A runner takes float32 images [N, C, H, W] of the example's shape and device and returns float32 logits.
@@ -89,14 +93,14 @@ def collapsed(build: Callable[[nn.Module, Tensor, str], Runner]) -> Callable[[nn
     return build_collapsed
 
 
-BACKENDS: dict[str, Backend] = {
-    "eager": Backend(eager, ("fp32", "bf16", "fp16")),
-    "compile": Backend(compiled, ("fp32", "bf16", "fp16")),
-    "compile-collapsed": Backend(collapsed(compiled), ("fp32", "bf16", "fp16"), riformer_only=True),
-    "onnxruntime": Backend(onnxruntime, ("fp32", "int8")),
-    "openvino": Backend(openvino, ("fp32", "bf16", "int8")),
-    "openvino-collapsed": Backend(collapsed(openvino), ("fp32", "bf16"), riformer_only=True),
-    "ours": Backend(ours, ("fp32", "bf16x3", "bf16", "fp16"), riformer_only=True),
+ENGINES: dict[str, Engine] = {
+    "eager": Engine(eager, ("fp32", "bf16", "fp16")),
+    "compile": Engine(compiled, ("fp32", "bf16", "fp16")),
+    "compile-collapsed": Engine(collapsed(compiled), ("fp32", "bf16", "fp16"), riformer_only=True),
+    "onnxruntime": Engine(onnxruntime, ("fp32", "int8")),
+    "openvino": Engine(openvino, ("fp32", "bf16", "int8")),
+    "openvino-collapsed": Engine(collapsed(openvino), ("fp32", "bf16"), riformer_only=True),
+    "ours": Engine(ours, ("fp32", "bf16x3", "bf16", "fp16"), riformer_only=True),
 }
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from riformer.atomic import write_text
-from riformer.export.engines import BACKENDS
+from riformer.export.engines import ENGINES
 from riformer.measure.cost import count_macs, count_params
 from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.limit import product_peak, products_alone
@@ -105,8 +105,8 @@ def competitors(
     Raises:
         ValueError: an unknown backend or precision, or nothing left to measure.
     """
-    known = {precision for backend in BACKENDS.values() for precision in backend.precisions}
-    for name, values, table in (("backend", backends, BACKENDS), ("precision", precisions, known)):
+    known = {precision for backend in ENGINES.values() for precision in backend.precisions}
+    for name, values, table in (("backend", backends, ENGINES), ("precision", precisions, known)):
         if unknown := [value for value in values if value not in table]:
             raise ValueError(f"no {name} {unknown[0]!r}; known are {', '.join(table)}")
     existing: list[Competitor] = []
@@ -115,7 +115,7 @@ def competitors(
         is_riformer = not remaining_mixers(open_network(model))
         for backend in backends:
             for precision in precisions:
-                entry = BACKENDS[backend]
+                entry = ENGINES[backend]
                 exists = precision in entry.precisions and (is_riformer or not entry.riformer_only)
                 (existing if exists else missing).append(Competitor(model, backend, precision))
     if not existing:
@@ -271,7 +271,7 @@ def _with_peak(
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    runner = BACKENDS[entry.backend].build(network, images, entry.precision)
+    runner = ENGINES[entry.backend].build(network, images, entry.precision)
     runner(images)
     if images.is_cuda:
         return runner, (torch.cuda.max_memory_allocated() - before) / 2**20 if memory else None
@@ -304,7 +304,7 @@ def peak_mib(entry: Competitor, shape: Sequence[int], num_threads: int) -> float
 def _measure_peak(entry: Competitor, shape: tuple[int, ...], num_threads: int, sending: Any) -> None:
     torch.set_num_threads(num_threads)
     images, small = torch.randn(shape), torch.randn(1, 3, 32, 32)
-    build = BACKENDS[entry.backend].build
+    build = ENGINES[entry.backend].build
     build(open_network("riformer_micro"), small, entry.precision)(small)  # imports what building needs
     network = open_network(entry.model)
     weights = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20

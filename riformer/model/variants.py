@@ -66,7 +66,7 @@ def _cfg(img_size: int, stride: int, crop_pct: float, url: str = "") -> dict:
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.{tag}": _cfg(img_size, 32, 0.95 if "_m" in name else 0.9, _ZOO + file)
+        f"{name}.{tag}": _cfg(img_size, 32, 0.949 if "_m" in name else 0.9, _ZOO + file)
         for name, files in _ZOO_FILES.items()
         for tag, img_size, file in zip(("mmpretrain_in1k", "mmpretrain_in1k_384"), (224, 384), files, strict=True)
     }

@@ -25,8 +25,9 @@ MAX_GRAPHS = 8
 class TritonNetwork(nn.Module):
     """A network on one GPU; on the CPU, in triton's interpreter.
 
-    Small batches are replayed from a CUDA graph, captured when their shape first comes; calls with the same shape then
-    wait for each other. All else runs in any number of threads at once.
+    Small batches are replayed from a CUDA graph, captured when their shape first comes. Calls with the same shape share
+    its buffers: each waits on the GPU until the one before has left them, whatever streams the two are on. All else
+    runs in any number of threads and streams at once. The GPU is that of the images.
 
     Choice: the map between two blocks is in the precision of the products, half the traffic of float32.
 
@@ -44,19 +45,24 @@ class TritonNetwork(nn.Module):
         ]
         self.stages = [[_in_types(block, dtype) for block in stage] for stage in weights.stages]
         self.head = (weights.head_weight.detach().float(), weights.head_bias.detach().float())
-        self._graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._lock = Lock()
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        if not images.is_cuda or images.shape[0] * images.shape[2] * images.shape[3] > GRAPH_PIXELS:
+        if not images.is_cuda:
             return self.launch(images)
-        with self._lock:
-            graph = self._graphs.pop(images.shape, None) or _Graph(self, images)
-            self._graphs[images.shape] = graph
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            return graph.replay(images)
+        with torch.cuda.device(images.device):  # kernels are launched on the current device
+            if images.shape[0] * images.shape[2] * images.shape[3] > GRAPH_PIXELS:
+                return self.launch(images)
+            with self._lock:
+                key = graph_key(images)
+                graph = self._graphs.pop(key, None) or _Graph(self, images)
+                self._graphs[key] = graph
+                if len(self._graphs) > MAX_GRAPHS:
+                    _, oldest = self._graphs.popitem(last=False)
+                    oldest.left.synchronize()  # its buffers go with it
+                return graph.replay(images)
 
     def launch(self, images: Tensor) -> Tensor:
         """Kernel by kernel, without a graph."""
@@ -105,11 +111,17 @@ def _in_types(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
     )
 
 
+def graph_key(images: Tensor) -> tuple:
+    """All of a batch that a captured graph depends on."""
+    return (*images.shape, *images.stride(), images.dtype, images.device)
+
+
 class _Graph:
     """One captured shape, with the buffers that it reads and writes."""
 
     def __init__(self, network: TritonNetwork, images: Tensor):
-        self.images = images.clone()
+        self.images = images.clone(memory_format=torch.preserve_format)
+        self.left = torch.cuda.Event()  # after which the buffers are free again
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # tunes and compiles what the shape needs, which a capture must not
@@ -119,8 +131,13 @@ class _Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = network.launch(self.images)
+        self.left.record()
 
     def replay(self, images: Tensor) -> Tensor:
+        """The logits of the images, on the caller's stream."""
+        torch.cuda.current_stream().wait_event(self.left)
         self.images.copy_(images)
         self.graph.replay()
-        return self.logits.clone()
+        logits = self.logits.clone()
+        self.left.record()
+        return logits

@@ -7,6 +7,7 @@ kernels that fit the example's device, and has been checked on the example.
 import logging
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,35 +40,131 @@ DEVICES = {"native": ("cpu",), "triton": ("cuda",)}
 
 
 class Runtime(nn.Module):
-    """What `optimize` returns: a callable without state, which several threads may call at once.
+    """What `optimize` returns: a model for inference, without state, which several threads may call at once.
+
+    It carries the class names and the preprocessing of its model, so that `predict` and `evaluate` take it as they take
+    the model. Native and Triton runtimes compute outside of PyTorch: they have no gradients, and cannot be traced,
+    exported, moved or saved, and say so. A child that is forked after a native runtime has run on several threads hangs
+    if it calls it, as it would with PyTorch's own operations.
 
     Attributes:
         network: the collapsed form on its backend.
         backend: "native", "triton" or "portable".
-        precision: the one asked for.
+        precision: the precision that is computed in.
+        requested_precision: the one asked for; what is computed is at least as close.
         parity: how far the example's logits are from the model's.
+        pretrained_cfg: preprocessing and class names, as timm's models have them.
+        device: where images must be.
+        dtype: type of the images.
 
     Shape: images [N, C, H, W], any N, H and W -> logits [N, K] in float32 (in float64 for the precision fp64).
     """
 
-    def __init__(self, network: nn.Module, backend: str, precision: str, parity: ParityReport):
+    def __init__(
+        self, network: nn.Module, backend: str, requested_precision: str, parity: ParityReport, model: MetaFormer,
+        device: torch.device,
+    ):  # fmt: skip
         super().__init__()
-        self.network, self.backend, self.precision, self.parity = network, backend, precision, parity
-        self.eval()
+        self.network, self.backend, self.parity, self.device = network, backend, parity, device
+        self.requested_precision = requested_precision
+        self.precision = getattr(network, "products", requested_precision)
+        self.dtype = torch.float64 if requested_precision == "fp64" else torch.float32
+        self.pretrained_cfg: Any = dict(getattr(model, "pretrained_cfg", {}))
+        self.num_classes = model.num_classes
+        super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.backend != "portable":
+            _refuse_tracing(images, self.backend)
+            return _call(self.network, images)
         return self.network(images)
 
     def extra_repr(self) -> str:
-        return f"backend={self.backend!r}, precision={self.precision!r}"
+        return f"backend={self.backend!r}, precision={self.precision!r}, requested={self.requested_precision!r}"
+
+    def train(self, mode: bool = True) -> "Runtime":
+        """Stays in eval mode, which is all that it has."""
+        return self
+
+    def _outside(self, what: str) -> None:
+        """Refuses what needs the weights in PyTorch.
+
+        Raises:
+            RuntimeError: it is a native or a Triton runtime.
+        """
+        if self.backend != "portable":
+            raise RuntimeError(
+                f"a {self.backend} runtime cannot be {what}: it was built for this process, device and precision. Save "
+                f"the model with riformer.save and call riformer.optimize again"
+            )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._outside("moved or cast")
+        return super()._apply(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._outside("asked for a state dict")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._outside("given a state dict")
+        return super().load_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._outside("pickled")
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> "Runtime":
+        """A copy that shares the network, in which nothing ever changes; of a portable runtime, a full copy."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = dict(self.__dict__) if self.backend != "portable" else deepcopy(self.__dict__, memo)
+        return copied
+
+    def __prepare_scriptable__(self) -> "Runtime":
+        self._outside("scripted")
+        return self
+
+
+@torch.compiler.disable
+def _call(network: nn.Module, images: Tensor) -> Tensor:
+    """The network outside of what torch.compile traces."""
+    return network(images)
+
+
+def _refuse_tracing(images: Tensor, backend: str) -> None:
+    """Refuses what would record or differentiate a network that PyTorch does not see.
+
+    Raises:
+        RuntimeError: `images` is not a plain tensor with values, a graph is being recorded, or a gradient is wanted.
+    """
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting() or type(images) not in (Tensor, nn.Parameter)
+    recorded = recorded or images.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(images)
+    if recorded or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        raise RuntimeError(
+            f"a {backend} runtime computes outside of PyTorch and cannot be traced, exported or transformed: give the "
+            f'deploy form, riformer.fuse(model), or riformer.optimize(..., backend="portable")'
+        )
+    if images.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"a {backend} runtime has no gradients: call it under torch.inference_mode(), or take riformer.fuse(model)"
+        )
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and type of the images that a model takes."""
+    if isinstance(model, Runtime):
+        return model.device, model.dtype
+    parameter = next(model.parameters())
+    return parameter.device, parameter.dtype
 
 
 @torch.no_grad()
 def optimize(model: MetaFormer, example: Tensor, precision: str = "fp32", backend: str = "auto") -> Runtime:
     """The model as a callable that computes the same, as fast as the example's device allows.
 
-    Choice: a precision is a floor. A processor without bf16 products computes "bf16" in float32, and one without AMX
-    "bf16x3" as well: there float32's own products are both faster and closer.
+    Choice: you get at least the precision that you ask for. A processor without bf16 products computes "bf16" in
+    float32, and one without AMX "bf16x3" as well: there float32's own products are both faster and closer.
 
     Args:
         model: a RIFormer in training form or deploy form, on any device; it stays as it was.
@@ -105,7 +202,7 @@ def optimize(model: MetaFormer, example: Tensor, precision: str = "fp32", backen
             f"{name} in {precision} is {parity.max_rel:.2g} of the largest logit away from the model, more than "
             f"{TOLERANCE[precision]:g}: the weights do not suit the precision, or this is a defect"
         )
-    return Runtime(network, name, precision, parity)
+    return Runtime(network, name, precision, parity, model, example.device)
 
 
 def _build(model: MetaFormer, backend: str, precision: str) -> nn.Module:

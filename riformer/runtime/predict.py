@@ -10,8 +10,9 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from riformer.images import EXTENSIONS, read_image
+from riformer.images import read_image
 from riformer.preprocess import Preprocessing
+from riformer.runtime.optimize import optimize, placement
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,29 @@ class Prediction:
     error: str = ""
 
 
-def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """The files among the paths, and the images in the folders among them, at any depth, in order of name, none hidden.
+def on_engine(model: nn.Module, engine: str = "auto") -> tuple[nn.Module, str]:
+    """The model on an engine, in float32, and a line about what it is.
+
+    Args:
+        model: in eval mode.
+        engine: "eager" (PyTorch as it is), a backend of `optimize`, or "auto": the fastest that takes the model.
 
     Raises:
-        ValueError: a path that does not exist, or a folder without images.
+        ValueError: the engine does not take this model.
+        RuntimeError: the engine cannot run here.
     """
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-            if not files:
-                raise ValueError(f"no images in {path}")
-            yield from files
-        elif path.exists():
-            yield path
-        else:
-            raise ValueError(f"no such file or folder: {path}")
+    reason = ""
+    if engine != "eager":
+        device, _ = placement(model)
+        example = torch.randn(2, *Preprocessing.of_model(model).input_size, device=device)
+        try:
+            runtime = optimize(model, example, "fp32", engine)
+            return runtime, f"engine: {runtime.backend}, {runtime.precision}"
+        except (ValueError, RuntimeError) as error:
+            if engine != "auto":
+                raise
+            reason = f" ({str(error).splitlines()[0]})"
+    return model, f"engine: eager PyTorch, fp32{reason}"
 
 
 def class_names(model: nn.Module) -> list[str]:
@@ -53,16 +61,23 @@ def class_names(model: nn.Module) -> list[str]:
 def predict(
     model: nn.Module, images: Iterable[str | Path | BinaryIO], top_k: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Predictions in the order of the images, preprocessed as the model notes; unreadable images give an error each.
+    """Predictions in the order of the images, with the model's own preprocessing; unreadable images give an error each.
+
+    Args:
+        model: a model, or what `riformer.optimize` made of one.
+        images: files, or open binary files.
+        top_k: classes of each image.
+        batch_size: images computed at once.
 
     Raises:
         ValueError: `top_k` or `batch_size` below 1.
+        RuntimeError: the model's logits are not finite.
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     model.eval()
-    parameter = next(model.parameters())
+    device, dtype = placement(model)
     names = class_names(model)
     transform = Preprocessing.of_model(model).transform()
     images = iter(images)
@@ -75,7 +90,12 @@ def predict(
                 errors[i] = str(error)
         top: list[list[tuple[str, float]]] = []
         if tensors:
-            probabilities = model(torch.stack(tensors).to(parameter)).float().softmax(dim=1)
+            logits = model(torch.stack(tensors).to(device, dtype)).float()
+            if not logits.isfinite().all():
+                raise RuntimeError(
+                    "the model's logits are not finite: its weights are damaged, or do not suit the precision"
+                )
+            probabilities = logits.softmax(dim=1)
             values, indices = probabilities.topk(min(top_k, len(names)), dim=1)
             top = [
                 [(names[i], p) for i, p in zip(*row, strict=True)]

@@ -13,7 +13,7 @@ from math import log2, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
+from riformer.config import Recipe, from_dict, reset_unused, to_dict, upgrade
 from riformer.recipes import RUNGS
 from riformer.train.run import Run
 
@@ -136,7 +136,7 @@ class Comparison:
         recipes: dict[tuple[str, str], Recipe] = {}
         seen: dict[tuple[str, str, int], str] = {}
         for r in self.records:
-            name, rung, recipe = r["ladder"], r["rung"], drop_idle(from_dict({**upgrade(r["recipe"]), "seed": 0}))
+            name, rung, recipe = r["ladder"], r["rung"], reset_unused(from_dict({**upgrade(r["recipe"]), "seed": 0}))
             if (twin := seen.setdefault((name, rung, r["seed"]), r["run"])) != r["run"]:
                 raise ValueError(f"{twin} and {r['run']} are the same rung, ladder and seed; leave one out")
             if recipes.setdefault((name, rung), recipe) != recipe:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.run import Run, environment
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 64
 NUM_SAMPLES = 30
 
@@ -49,7 +52,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     """
     run = Run(path)
     recipe, best = run.recipe(), run.best()
-    data = open_dataset(recipe.data, recipe.seed, record=run.read("data.json"))
+    data = open_dataset(recipe.data, record=run.read("data.json"))
     split = _chosen_split(data, "")
     images, num_classes = data.splits[split], len(data.classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,13 +109,13 @@ def evaluation(path: str | Path) -> dict[str, Any]:
 
 @full_float32()
 def evaluate_model(
-    model: nn.Module, data: DataConfig, split: str = "", seed: int = 0, record: dict[str, Any] | None = None
+    model: nn.Module, data: DataConfig, split: str = "", record: dict[str, Any] | None = None
 ) -> dict[str, Evaluation]:
     """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
 
     The data's classes are found among the model's by name. `split` is train, val or test; empty takes test, else val,
-    and of a folder that has no splits all images. `seed` and `record` are those of the run whose split it is, where it
-    is a run's.
+    and of a folder that has no splits all images; but of the folder that the model was trained on, what was held out.
+    `record` is that of the run whose split it is, where it is a run's.
 
     Raises:
         ValueError: the data has no such split, or a class that the model does not know.
@@ -120,7 +123,8 @@ def evaluate_model(
     config = model.pretrained_cfg
     preprocessing = Preprocessing.of_model(model)
     data = replace(data, img_size=preprocessing.input_size[-1])  # of which only glyphs take notice
-    dataset = open_dataset(data, seed, record, whole=not split and record is None)
+    dataset = _trained_on(model, data) if record is None and not split else None
+    dataset = dataset or open_dataset(data, record, whole=not split and record is None)
     split = _chosen_split(dataset, split)
     names = list(config.get("label_names") or dataset.classes)
     if len(names) != model.num_classes:
@@ -135,6 +139,19 @@ def evaluate_model(
 
     forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
+
+
+def _trained_on(model: nn.Module, data: DataConfig) -> Dataset | None:
+    """The data split as for the model's training, if it is what the model was trained on; its val was held out then."""
+    trained_on = model.pretrained_cfg.get("train_data") or {}
+    if "split_seed" not in trained_on or not data.name.startswith("folder:"):
+        return None
+    split = {name: trained_on[name] for name in ("val_fraction", "split_seed")}
+    dataset = open_dataset(replace(data, **split))
+    if dataset.splits["train"].sha256 != trained_on["splits"].get("train"):
+        return None
+    logger.info("%s: the model was trained on a part of it; evaluated on the part that was held out", data.name)
+    return dataset
 
 
 def _chosen_split(data: Dataset, split: str) -> str:

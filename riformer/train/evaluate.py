@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from riformer.runtime.optimize import placement
+
 NO_PAIR = -1  # of an image without a prediction
 
 
@@ -51,14 +53,13 @@ def evaluate(
     Raises:
         ValueError: no process had an image.
     """
-    parameter = next(model.parameters())
-    device = parameter.device
+    device, dtype = placement(model)
     was_training = model.training
     model.eval()
     pairs = [torch.zeros(0, dtype=torch.int64, device=device)]  # true class * num_classes + predicted class
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, finite, first right, in first five, loss
     for images, labels in batches:
-        images, labels = images.to(parameter), labels.to(device)
+        images, labels = images.to(device, dtype), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         logits = logits.float()

@@ -34,7 +34,7 @@ from riformer.train.distributed import (
     share_buffers,
 )
 from riformer.train.evaluate import evaluate
-from riformer.train.inputs import check_teachers, record_inputs
+from riformer.train.inputs import check_leaks, check_teachers, record_inputs
 from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
 from riformer.train.step import LogitLookup, autocast, build, step
@@ -73,6 +73,7 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
             context.enter_context(full_float32())
         run = Run(folder)
         data = _open(recipe, run, group, context)
+        check_leaks(recipe, data)
         if recipe.distill.trains_teacher:
             teacher, teacher_run = teacher_recipe(recipe), Run(run.path / "teacher")
             if not teacher_run.metrics():
@@ -91,9 +92,11 @@ def _open(recipe: Recipe, run: Run, group: Group, context: ExitStack) -> Dataset
             context.enter_context(run.locked())
             run.begin(recipe, world_size)
         record = run.read("data.json")
-        data = open_dataset(recipe.data, recipe.seed, record)
-        if rank == 0 and record is None:
-            run.write("data.json", data.record())
+        data = open_dataset(recipe.data, record)
+        if rank == 0:
+            if record is None:
+                run.write("data.json", data.record())
+            run.moved(recipe)
     return data
 
 

@@ -24,6 +24,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from math import isfinite, nan
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 
 from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_errors, write_text
-from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
+from riformer.config import Recipe, from_dict, reset_unused, to_dict, upgrade
 from riformer.version import __version__
 
 try:
@@ -57,16 +58,21 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
+    def exists(self) -> bool:
+        """Whether a training has begun here."""
+        return (self.path / "recipe.json").is_file()
+
     def begin(self, recipe: Recipe, world_size: int) -> None:
         """Writes the recipe and the environment into a new folder, or checks that an existing run has this recipe.
 
-        A run that has not come as far as training anything makes way for one of another recipe.
+        A run that has not come as far as training anything makes way for one of another recipe. The data may lie
+        elsewhere than before: call `moved` once they are known to be the same.
 
         Raises:
             ValueError: the folder holds other files, or a run of another recipe; the message names the differences.
         """
         if (self.path / "recipe.json").exists():
-            differences = _differences(to_dict(self.recipe()), to_dict(recipe))
+            differences = _differences(to_dict(_at_home(self.recipe())), to_dict(_at_home(recipe)))
             trained = self.metrics() or any(
                 (self.path / name).exists() for name in ("last", "last.previous", "teacher")
             )
@@ -83,6 +89,11 @@ class Run:
             self.write("recipe.json", to_dict(recipe))
         if self.read("env.json") is None:
             self.write("env.json", environment(world_size))
+
+    def moved(self, recipe: Recipe) -> None:
+        """Writes down where the data are now, once they are known to be those of the run."""
+        if self.recipe() != recipe:
+            self.write("recipe.json", to_dict(recipe))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -118,7 +129,7 @@ class Run:
         """
         if (content := self.read("recipe.json")) is None:
             raise ValueError(f"{self.path} is not a run folder: it has no recipe.json")
-        return drop_idle(from_dict(upgrade(content)))  # earlier versions kept settings without effect
+        return reset_unused(from_dict(upgrade(content)))  # earlier versions kept settings without effect
 
     def is_trained(self) -> bool:
         """Whether all its epochs are done; False where nothing has begun.
@@ -291,6 +302,12 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _at_home(recipe: Recipe) -> Recipe:
+    """The recipe without what may change between two starts of a run: the place of its data, and who reads them."""
+    kind = "folder:" if recipe.data.name.startswith("folder:") else recipe.data.name
+    return replace(recipe, data=replace(recipe.data, name=kind, root="", num_workers=0))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -60,7 +60,7 @@ def test_pretrained_cfg(name, tag, img_size):
     assert cfg["tag"] == tag
     assert cfg["input_size"] == (3, img_size, img_size)
     assert cfg["pool_size"] == (img_size // 32, img_size // 32)
-    assert cfg["crop_pct"] == (0.95 if "_m" in name else 0.9)
+    assert cfg["crop_pct"] == (0.949 if "_m" in name else 0.9)
     assert cfg["interpolation"] == "bicubic"
     size = name.removeprefix("riformer_")
     assert re.search(

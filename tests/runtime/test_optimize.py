@@ -6,7 +6,8 @@ from tiny import images, randomised, tiny
 from torch import nn
 
 import riformer
-from riformer.runtime import native, runtime
+from riformer.runtime import native
+from riformer.runtime import optimize as runtime
 from riformer.runtime.native import UnavailableError, supported
 from riformer.runtime.optimize import BACKENDS, optimize
 from riformer.runtime.parity import compare
