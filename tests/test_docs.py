@@ -77,7 +77,12 @@ def test_the_quickstart_of_the_makefile_runs(tmp_path, run_all):
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
     commands = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()]
     assert [command.split()[1] for command in commands] == ["ladder", "fuse", "predict", "report"]
-    for name, value in (("$(RUNS)", "runs/quickstart"), ("0 1 2", "0"), ("--jobs 2", ""), ("examples/", f"{ROOT}/examples/")):
+    for name, value in (
+        ("$(RUNS)", "runs/quickstart"),
+        ("0 1 2", "0"),
+        ("--jobs 2", ""),
+        ("examples/", f"{ROOT}/examples/"),
+    ):
         commands = [command.replace(name, value) for command in commands]
     run_all([shrunk(command, "--optim.batch-size 500") for command in commands])
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 50_000
