@@ -58,7 +58,8 @@ def main() -> None:
             print(f"riformer: cannot write standard output: {error.strerror}", file=sys.stderr)  # noqa: T201
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more at its exit
         code = 1
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def run(verb: str, argv: list[str]) -> int:

@@ -28,8 +28,9 @@ def main() -> None:
     console = Console()
     engines = [name for name in ENGINES if not given.smoke or name in ("eager", "openvino", "ours")]
     models, batch_sizes, img_size = (MODELS, (1, 8, 32), 224) if not given.smoke else (("riformer_micro",), (2,), 32)
+    num_threads = (1, 2) if not given.smoke else (1,)
     files = {model: given.out / f"cpu_{model}.json" for model in models}
-    for batch_size, threads, (model, file) in product(batch_sizes, (1, 2), files.items()):
+    for batch_size, threads, (model, file) in product(batch_sizes, num_threads, files.items()):
         entries = [Competitor(model, name, precision) for name in engines for precision in ENGINES[name]]
         status = partial(console.log, model)
         memory = threads == 1 and batch_size == 8

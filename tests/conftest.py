@@ -1,6 +1,7 @@
 """One thread per test process: small models gain nothing from more, and lose much when the machine is shared."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from riformer.config import DataConfig
 from riformer.data.dataset import open_dataset
+from riformer.study import evaluation
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -32,3 +34,12 @@ def _not_the_users_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_measurements() -> Iterator[None]:
+    """Evaluations measure speeds, which no test compares, for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "SPEED_ROUNDS", 3)
+        patch.setattr(evaluation, "SPEED_SECONDS", 0.001)
+        yield

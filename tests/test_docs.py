@@ -12,6 +12,7 @@ import pytest
 from scripts import load_script
 
 import riformer_cli
+from riformer import cli
 from riformer.cli.recipe import KNOBS
 from riformer.config.knobs import option
 from riformer.recipes import RECIPES
@@ -60,34 +61,42 @@ def shrunk(command: str, more: str = "") -> list[str]:
     return arguments + smaller.get(arguments[0], "").split()
 
 
-def run_all(commands: list[list[str]], cwd: Path) -> None:
-    """Runs command lines of `riformer` one after the other in one process."""
-    code = "import sys\nfrom riformer import cli\n" + "".join(
-        f"assert cli.run({arguments[0]!r}, {arguments[1:]!r}) == 0, {arguments!r}\n" for arguments in commands
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+@pytest.fixture
+def run_all(tmp_path, monkeypatch):
+    """Runs command lines of `riformer` one after the other, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(commands):
+        for verb, *arguments in commands:
+            assert cli.run(verb, arguments) == 0, (verb, arguments)
+
+    return run
 
 
-def test_the_quickstart_of_the_makefile_runs(tmp_path):
+def test_the_quickstart_of_the_makefile_runs(tmp_path, run_all):
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
     commands = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()]
     assert [command.split()[1] for command in commands] == ["ladder", "fuse", "predict", "report"]
-    for name, value in (("$(RUNS)", "runs/quickstart"), ("0 1 2", "0"), ("examples/", f"{ROOT}/examples/")):
+    for name, value in (
+        ("$(RUNS)", "runs/quickstart"),
+        ("0 1 2", "0"),
+        ("--jobs 2", ""),
+        ("examples/", f"{ROOT}/examples/"),
+    ):
         commands = [command.replace(name, value) for command in commands]
-    run_all([shrunk(command, "--optim.batch-size 500") for command in commands], tmp_path)
+    run_all([shrunk(command, "--optim.batch-size 500") for command in commands])
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 50_000
     assert (tmp_path / "runs/quickstart/riformer-digits.safetensors").is_file()
 
 
-def test_the_commands_for_own_images_run(tmp_path, image_folder):
+def test_the_commands_for_own_images_run(tmp_path, image_folder, run_all):
     (tmp_path / "more-photos").mkdir()
     image = next(image_folder.rglob("*.png"))
     shutil.copy(image, tmp_path / "holiday.jpg")
     shutil.copy(image, tmp_path / "more-photos")
     commands = [line.removeprefix(".venv/bin/").replace("folder:PATH", f"folder:{image_folder}") for line in SHELL[2:]]
     more = "--data.img-size 16 --data.num-workers 0 --optim.batch-size 8"
-    run_all([shrunk(command, more) for command in commands], tmp_path)
+    run_all([shrunk(command, more) for command in commands])
     assert (tmp_path / "runs/mine/report.html").is_file()
     assert (tmp_path / "my-model/README.md").is_file()
     assert (tmp_path / "speed.html").is_file()

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
 NUM_SAMPLES = 30
+SPEED_ROUNDS, SPEED_SECONDS = 15, 0.02  # how often the models take turns, and the length of a turn
 
 
 def evaluate_run(path: str | Path) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
         }
 
     example = next(iter(batches()))[0].to(device)
-    rates = images_per_s(models, example)
+    rates = images_per_s(models, example, SPEED_ROUNDS, SPEED_SECONDS)
     for name, values in rates.items():
         rows[name]["images_per_s"] = asdict(Spread.of(values))
     speed: dict[str, Any] = {

@@ -17,7 +17,7 @@ VARIANTS = [f"riformer_{size}" for size in ("s12", "s24", "s36", "m36", "m48")]
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_training_form_in_every_precision_size_and_batch(name):
     model = randomised(timm.create_model(name)).eval().double()
-    batch = images(8, 3, 197, 131)
+    batch = images(8, 3, 101, 67)
     with torch.inference_mode():
         expected = model(batch.double())
         for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):

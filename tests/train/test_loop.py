@@ -182,10 +182,11 @@ def test_what_is_wrong_with_the_student_fails_before_its_teacher_is_trained(tmp_
 
 
 def test_leftovers_of_a_kill_are_no_obstacle(tmp_path):
-    (tmp_path / ".recipe.json.99999999.riformer-tmp").write_text("{")
-    (tmp_path / ".last.99999999.riformer-tmp").mkdir()
+    for name in (".recipe.json.abcdefgh.tmp", ".last.abcdefgh.tmp", ".best.abcdefgh.tmp"):
+        (tmp_path / name / "new").mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
     train(plain(), tmp_path)
-    assert not (tmp_path / ".last.99999999.riformer-tmp").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
