@@ -25,8 +25,8 @@ def fill(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
-def opened(root: Path, seed: int = 0, record: dict[str, Any] | None = None, **knobs: Any) -> Dataset:
-    return open_dataset(DataConfig(name=f"folder:{root}", **knobs), seed, record)
+def opened(root: Path, record: dict[str, Any] | None = None, **knobs: Any) -> Dataset:
+    return open_dataset(DataConfig(name=f"folder:{root}", **knobs), record)
 
 
 def through_json(record: dict[str, Any]) -> dict[str, Any]:

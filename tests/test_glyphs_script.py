@@ -57,7 +57,7 @@ def test_a_family_is_in_one_split_and_no_face_comes_twice(script, rendered):
 
 
 def test_it_opens_as_a_data_set(rendered):
-    data = open_dataset(DataConfig(name="glyphs", root=str(rendered)), 0)
+    data = open_dataset(DataConfig(name="glyphs", root=str(rendered)))
     assert len(data.classes) == 34
     assert sum(map(len, data.splits.values())) == len(np.load(rendered / "glyphs.npz")["label"])
 

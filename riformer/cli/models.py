@@ -19,8 +19,9 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
 from riformer.pages.card import model_card
 from riformer.runtime.parity import compare
-from riformer.runtime.predict import Prediction, find_images, predict
+from riformer.runtime.predict import Prediction, predict
 from riformer.train.run import Run
+from riformer.walk import find_images
 
 
 def fuse_verb(argv: list[str]) -> int:
@@ -46,7 +47,8 @@ def fuse_verb(argv: list[str]) -> int:
 def predict_verb(argv: list[str]) -> int:
     """Labels images with a run or a saved model, fused first.
 
-    Images that cannot be read are named, the others still labelled; the exit code is then 1.
+    Images that cannot be read, and paths that are not there, are named, the others still labelled; the exit code is
+    then 1.
     """
     parser = verb_parser("predict", predict_verb)
     parser.add_argument("model", type=str, help="run folder, model folder or weights file")
@@ -58,9 +60,13 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="images computed at once")
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
-    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else list(find_images(options.images))
+    images: list[Path | io.BytesIO] = [io.BytesIO(sys.stdin.buffer.read())] if piped else []
+    files, problems = find_images([] if piped else options.images)
+    images += files
+    for problem in problems:
+        errors.print(problem, soft_wrap=True)
     predictions = predict(deploy_form(load_model(options.model)), images, options.top_k, options.batch_size)
-    failed = False
+    failed = bool(problems)
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
     table = Table(Column("image", overflow="fold"), *headings)
     quiet = options.json or not errors.is_terminal

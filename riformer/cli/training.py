@@ -88,14 +88,14 @@ def evaluate(argv: list[str]) -> int:
 
     Of a run: on its own data, with its teacher, parity and speed; recorded in the run folder. Of any saved model, or
     with --data.name (--data for short): on the data given, with the model's own preprocessing and class names; of a
-    folder of class folders without splits, on all its images.
+    folder of class folders without splits, on all its images, but for those that the model was trained on.
     """
     argv = [re.sub(r"^--data(?==|$)", "--data.name", argument) for argument in argv]
     parser = verb_parser("eval", evaluate)
     parser.add_argument("model", type=str, help="run folder, model folder or weights file")
     split_help = "train, val or test (default: test where there is one)"
     parser.add_argument("--split", type=str, default="", help=split_help)
-    for name in ("name", "root", "val_fraction", "on_bad", "num_workers"):
+    for name in ("name", "root", "val_fraction", "split_seed", "on_bad", "num_workers"):
         default = "" if name == "name" else getattr(DataConfig(), name)
         parser.add_argument(f"--data.{name}", type=get_type_hints(DataConfig)[name], default=default, help="see train")
     options = parser.parse_args(argv)
@@ -112,10 +112,10 @@ def evaluate(argv: list[str]) -> int:
             print_evaluations({recipe.name: [measured]}, main_console())  # first, as the run may be read-only
             run.write("evaluation.json", measured)
             return 0
-        data, origin = recipe.data, {"seed": recipe.seed, "record": run.read("data.json")}
+        data, origin = recipe.data, {"record": run.read("data.json")}
     elif recipe and options.data.name == recipe.data.name:  # of what it trained on, what it did not train on
         data = DataConfig(**vars(options.data))
-        origin = {"seed": recipe.seed, "record": run.read("data.json")}
+        origin = {"record": run.read("data.json")}
     elif options.data.name:
         data, origin = DataConfig(**vars(options.data)), {}
     else:

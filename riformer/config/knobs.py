@@ -29,7 +29,7 @@ class DataConfig:
 
     name: str = "digits"
     """data set: digits (built in), fashion-mnist, cifar10, cifar100, glyphs, or folder:PATH (PATH/train and PATH/val,
-    or one flat folder of class folders that is split here)"""
+    or one flat folder of class folders that is split here); classes are in timm's natural order: 2, 10, ant, Zebra"""
     root: str = ""
     """folder where fashion-mnist, cifar10, cifar100 or glyphs lies, or is downloaded to; empty: ~/.cache/riformer, and
     before that the system's folder of fashion-mnist"""
@@ -43,6 +43,8 @@ class DataConfig:
     """standard deviation of the red, green and blue channel, of values in 0..1"""
     val_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
     """share of each class held out for validation when a folder has no val"""
+    split_seed: int = 0
+    """decides which images are held out; not the seed of the training, so that all runs on a folder have one split"""
     on_bad: Literal["error", "skip"] = "error"
     """what to do with images that cannot be read: stop and name them, or leave them out, counted and listed"""
     num_workers: CountOrZero = 0

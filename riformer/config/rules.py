@@ -45,7 +45,7 @@ def idle(recipe: Recipe) -> list[tuple[str, str]]:
     rules: list[tuple[tuple[str, ...], object, str]] = [  # knobs, whether they have an effect, and why they have none
         (("data.root",), data.name in WITH_ROOT, f"only {', '.join(WITH_ROOT)} have one"),
         (("data.on_bad",), data.name not in BUILT_IN, f"{data.name} is no folder of images"),
-        (("data.val_fraction",), data.name not in BUILT_IN, f"{data.name} has splits of its own"),
+        (("data.val_fraction", "data.split_seed"), data.name not in BUILT_IN, f"{data.name} has splits of its own"),
         (TIMM_POLICY, not warps, "--augment.policy is warp"),
         (("augment.color_jitter",), warps or jitters, "--augment.auto-augment is set, which changes colours itself"),
         (tuple(f"model.{name}" for name in SIZES), riformers, f"{model.name} is no riformer_*; use --model.args"),

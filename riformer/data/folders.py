@@ -1,187 +1,200 @@
-"""A folder of class folders -> image files by split and class, each opened and decoded once before training.
+"""A folder of class folders -> image files by split and class.
 
-Layout: PATH/train, PATH/val (or valid, validation) and perhaps PATH/test, each with a folder for each class; or
-PATH/train alone, or PATH with the class folders themselves. Images lie in a class folder at any depth.
+Layouts: PATH/train, PATH/val and perhaps PATH/test, each with a folder for each class; PATH/train without val; or PATH
+with the class folders themselves. Images lie in a class folder at any depth. Split folders may have other usual names,
+in any case: training, valid, validation, dev, Test_Set, 01-train, and seg_train beside seg_test. Class folders are in
+timm's order, see `riformer.data.orders`. Names that differ in their Unicode form alone (NFC, NFD) are one class.
 """
 
-import hashlib
-import json
-import logging
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+import unicodedata
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import PIL
-
-from riformer.atomic import write_text
-from riformer.caches import cache_folder
 from riformer.data.orders import natural_order
-from riformer.images import EXTENSIONS, read_image
-from riformer.version import __version__
+from riformer.walk import Walk
 
-logger = logging.getLogger(__name__)
+SPLIT_WORDS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+"""Words that name a split, alone or with FILLERS before or after them."""
 
-VAL_FOLDERS = ("val", "valid", "validation")
+FILLERS = ("set", "data", "dataset", "split", "folder", "images", "image", "imgs", "img", "photos", "pictures", "pics")
 
 Split = dict[str, list[str]]
 """Class -> paths of its images, relative to the root and sorted."""
 
 
-def find_images(root: Path) -> tuple[dict[str, Split], int]:
-    """The image files of each split, and the number of other files beside them; hidden files do not count.
+@dataclass(frozen=True)
+class Layout:
+    """What a folder holds.
+
+    Attributes:
+        folders: name of the folder of each split; "" for class folders in the root itself.
+        images: of each split, by class.
+        left_out: how many files and folders were left out, by reason.
+        notes: what a user may not expect, a line for each.
+    """
+
+    folders: dict[str, str]
+    images: dict[str, Split]
+    left_out: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_splits(root: Path) -> Layout:
+    """The image files of each split.
 
     Raises:
-        ValueError: the folder has not the layout above, cannot be read, has fewer than two classes, a class without
-            images, an image without a class, or a class that train lacks. The message names it.
+        ValueError: the folder has not one of the layouts above or more than one, cannot be read, has fewer than two
+            classes, a class without images, an image without a class, or a class that train lacks. The message names
+            it and says what to do.
     """
-    _, subfolders, _ = next(os.walk(root, onerror=_refuse))
-    present = [name for name in ("train", *VAL_FOLDERS, "test") if name in subfolders]
-    if present and "train" not in present:
-        raise ValueError(f"{root} has {', '.join(present)} but no train")
-    if len(set(present) & set(VAL_FOLDERS)) > 1:
-        raise ValueError(f"{root} has {', '.join(present)}; keep one of {', '.join(VAL_FOLDERS)}")
-    folders = {"val" if name in VAL_FOLDERS else name: root / name for name in present} or {"train": root}
-    found, num_ignored = {}, 0
-    for split, folder in folders.items():
-        found[split], num_others = _find_classes(root, folder)
-        num_ignored += num_others
-    if len(found["train"]) < 2:
-        raise ValueError(f"{root} has one class only ({', '.join(found['train'])}); at least two are needed")
-    for split, part in found.items():
-        if unknown := sorted(part.keys() - found["train"].keys()):
-            raise ValueError(f"classes in {split} of {root} that train lacks: {', '.join(unknown)}")
-    if num_ignored:
-        logger.info("ignored %d files in %s that are no images by their suffix", num_ignored, root)
-    return found, num_ignored
+    walk = Walk()
+    notes: list[str] = []
+    names, loose = walk.entries(root)
+    folders = split_folders(root, names)
+    if folders["train"]:
+        walk.left_out["images outside of the split folders"] += len(loose)
+    else:
+        walk = Walk()  # which meets the entries of the root once more
+        _refuse_splits_in_classes(root, names)
+    images = {split: _find_classes(root, name, walk, notes) for split, name in folders.items()}
+    if folders["train"]:
+        _leave_out_others(root, set(names) - set(folders.values()), images["train"], walk, notes)
+    if walk.errors:
+        raise ValueError(walk.errors[0])
+    _check_classes(root, folders, images)
+    return Layout(folders, images, {reason: count for reason, count in walk.left_out.items() if count}, notes)
 
 
-def _find_classes(root: Path, folder: Path) -> tuple[Split, int]:
-    """The images in each class folder, at any depth, and the number of other files."""
-    _, class_folders, files = next(os.walk(folder, onerror=_refuse))
-    loose = [name for name in files if _is_image(name)]
+def split_folders(root: Path, names: list[str]) -> dict[str, str]:
+    """The folder of each split among the folders of these names in the root; {"train": ""} where no name means one.
+
+    Raises:
+        ValueError: several names for one split, or no train.
+    """
+    meanings = {name: meaning for name in names if (meaning := _meaning(name))}
+    with_train = {rest for split, rest in meanings.values() if split == "train"}
+    with_others = {rest for split, rest in meanings.values() if split != "train"}
+    splits: dict[str, list[str]] = {}
+    for name, (split, rest) in meanings.items():
+        if not rest or rest in with_train & with_others:
+            splits.setdefault(split, []).append(name)
+    if not splits:
+        return {"train": ""}
+    listed = ", ".join(sorted(name for group in splits.values() for name in group))
+    for split, group in splits.items():
+        if len(group) > 1:
+            raise ValueError(
+                f"{root} has {listed}; keep one of {', '.join(sorted(group))}, which all mean {split}. "
+                f"{_advice(root, listed)}"
+            )
+    if "train" not in splits:
+        raise ValueError(f"{root} has {listed} but no train. {_advice(root, listed)}")
+    return {split: splits[split][0] for split in SPLIT_WORDS if split in splits}
+
+
+def _advice(root: Path, names: str) -> str:
+    """What to do where names of splits are names of classes."""
+    return (
+        f"If {names} are classes, move all class folders into a new folder {root / 'train'}, in which every folder is "
+        f"a class whatever its name"
+    )
+
+
+def _meaning(name: str) -> tuple[str, str] | None:
+    """The split that a folder's name means, and the other words in the name; None if it means none.
+
+    Digits, and words such as "set" and "images", do not count.
+    """
+    filler = "|".join(FILLERS)
+    splits, others = [], []
+    for word in re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", name).casefold()):
+        named = [
+            split
+            for split, words in SPLIT_WORDS.items()
+            if re.fullmatch(f"({filler})?({'|'.join(words)})({filler})?", word)
+        ]
+        splits += named
+        others += [] if named or word in FILLERS else [word]
+    return (splits[0], " ".join(others)) if len(splits) == 1 else None
+
+
+def _find_classes(root: Path, name: str, walk: Walk, notes: list[str]) -> Split:
+    """The images in each class folder of a folder of the root, at any depth."""
+    folder = root / name
+    names, loose = walk.entries(folder)
     if loose:
         raise ValueError(
-            f"{folder} has {len(loose)} images that lie in no class folder, such as {min(loose)}; "
-            f"move them into the folder of their class, or away"
+            f"{folder} has {len(loose)} images that lie in no class folder, such as {loose[0]}; "
+            f"move them into the folder of their class, or away" + (f". {_advice(root, name)}" if name else "")
         )
-    num_ignored = sum(not name.startswith(".") for name in files)
-    found = {}
-    for name in natural_order(name for name in class_folders if not name.startswith(".")):
-        paths = [path.relative_to(root).as_posix() for path in _files(folder / name)]
-        found[name] = sorted(path for path in paths if _is_image(path))
-        if not found[name]:
-            raise ValueError(f"class folder {folder / name} has no images; remove it or fill it")
-        num_ignored += len(paths) - len(found[name])
-    if not found:
+    by_class: dict[str, list[str]] = {}
+    for class_folder in names:
+        by_class.setdefault(unicodedata.normalize("NFC", class_folder), []).append(class_folder)
+    images: Split = {}
+    for class_name in natural_order(by_class):
+        folders = [folder / class_folder for class_folder in by_class[class_name]]
+        paths = [path.relative_to(root).as_posix() for class_folder in folders for path in walk.images(class_folder)]
+        if not paths and not walk.errors:
+            raise ValueError(f"class folder {folders[0]} has no images; remove it or fill it")
+        images[class_name] = sorted(paths)
+        if len(folders) > 1:
+            notes.append(f"{len(folders)} folders are the class {class_name}, in several Unicode forms of its name")
+    if not images and not walk.errors:
         raise ValueError(f"{folder} has no class folders: images are expected in {folder}/CLASS/")
-    return found, num_ignored
+    return images
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones. Links are followed, but into no folder twice and into none above."""
-    above = folder.parent.resolve()
-    seen = {str(above), *map(str, above.parents)}
-    for path, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(path, name) for name in files if not name.startswith("."))
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _refuse(error: OSError) -> None:
-    raise ValueError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-
-def check_files(root: Path, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of each file that decodes in full, and for each other one why it does not.
-
-    Files of unchanged size and time are known from an index of earlier checks, which lies in the user's cache folder.
+def _check_classes(root: Path, folders: dict[str, str], images: dict[str, Split]) -> None:
     """
-    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    index_file = cache_folder() / f"index-{key}.json"
-    reader = f"riformer {__version__}, Pillow {PIL.__version__}"
-    known: dict[str, list] = {}  # name -> size, time, SHA-256
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        known = index["files"] if index["reader"] == reader else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no index yet, or a damaged one: everything is checked
-
-    stamps = {name: _stamp(root / name) for name in names}
-    hashes = {name: known[name][2] for name in names if name in known and known[name][:2] == stamps[name]}
-    fresh = [name for name in names if name not in hashes]
-    bad = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(fresh), 1000):
-            chunk = fresh[start : start + 1000]
-            for name, (digest, reason) in zip(
-                chunk, pool.map(_check_file, [root / name for name in chunk]), strict=True
-            ):
-                if reason:
-                    bad[name] = reason
-                else:
-                    hashes[name] = digest
-            logger.info("checked %d of %d images in %s", start + len(chunk), len(fresh), root)
-    if fresh:
-        files = {**known, **{name: [*stamps[name], hashes[name]] for name in fresh if name in hashes}}
-        try:
-            write_text(index_file, json.dumps({"reader": reader, "files": files}))
-        except OSError as error:
-            logger.warning("cannot write %s (%s): the next start will check all images again", index_file, error)
-    return hashes, bad
+    Raises:
+        ValueError: fewer than two classes, or one that train lacks.
+    """
+    classes = images["train"]
+    if len(classes) < 2:
+        folder, (name,) = root / folders["train"], classes
+        inside = Walk().entries(folder / name)[0]
+        hint = f". If its folders ({', '.join(inside[:3])}) are the classes or splits, give folder:{folder / name}"
+        raise ValueError(f"{folder} has one class only ({name}); at least two are needed" + (hint if inside else ""))
+    for split, part in images.items():
+        if unknown := natural_order(part.keys() - classes.keys()):
+            near = {name for name in classes if name.casefold() in map(str.casefold, unknown)}
+            hint = f"; train has {', '.join(natural_order(near))}" if near else ""
+            raise ValueError(f"classes in {split} of {root} that train lacks: {', '.join(unknown)}{hint}")
 
 
-def _stamp(path: Path) -> list[int]:
-    """Size and time of change; empty where there is no file to ask, which reading it will explain."""
-    try:
-        status = path.stat()
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _check_file(path: Path) -> tuple[str, str]:
-    """The file's SHA-256 and an empty string, or an empty string and why it cannot be read."""
-    try:
-        read_image(path)
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), ""
-    except (ValueError, OSError) as error:
-        return "", str(error).removeprefix(f"{path}: ")
-
-
-def hold_out(images: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Train and val of each class: the share `fraction` of it, but at least one image, goes to val.
+def _refuse_splits_in_classes(root: Path, names: list[str]) -> None:
+    """Refuses CLASS/train and CLASS/val, which would be taken for one split.
 
     Raises:
-        ValueError: a class has a single image.
+        ValueError: all class folders have folders for train and another split.
     """
-    train, val = {}, {}
-    for name, paths in images.items():
-        if len(paths) < 2:
-            raise ValueError(f"class {name!r} has a single image, {paths[0]}; one for train and one for val are needed")
-        num_val = min(max(round(len(paths) * fraction), 1), len(paths) - 1)
-        ranks = hash_ranks(paths, [0] * len(paths), seed)
-        train[name] = [path for path, rank in zip(paths, ranks, strict=True) if rank >= num_val]
-        val[name] = [path for path, rank in zip(paths, ranks, strict=True) if rank < num_val]
-    return train, val
+    meanings = [map(_meaning, Walk().entries(root / name)[0]) for name in names]
+    splits = [{meaning[0] for meaning in inside if meaning} for inside in meanings]
+    if len(names) > 1 and all("train" in inside and len(inside) > 1 for inside in splits):
+        raise ValueError(
+            f"the folders of {root} ({', '.join(names[:3])}) have folders for splits inside; expected are "
+            f"{root}/train/CLASS and {root}/val/CLASS"
+        )
 
 
-def hash_ranks(names: Sequence[str], labels: Sequence[int], seed: int = 0) -> list[int]:
-    """Each image's place within its class, in an order drawn by hashing, which no library's version changes."""
-    drawn = sorted(range(len(names)), key=lambda i: hashlib.sha256(os.fsencode(f"{seed} {names[i]}")).digest())
-    counts: Counter[int] = Counter()
-    ranks = [0] * len(names)
-    for i in drawn:
-        ranks[i] = counts[labels[i]]
-        counts[labels[i]] += 1
-    return ranks
+def _leave_out_others(root: Path, names: set[str], classes: Split, walk: Walk, notes: list[str]) -> None:
+    """Counts what is in folders beside those of the splits.
+
+    Raises:
+        ValueError: one of the folders has the name of a class.
+    """
+    for name in natural_order(names):
+        if unicodedata.normalize("NFC", name) in classes:
+            raise ValueError(
+                f"{root} has folders for splits and, beside them, {name}, which is also a class in train: move its "
+                f"images there, or away"
+            )
+        num_images = len(Walk().images(root / name))
+        walk.left_out["images outside of the split folders"] += num_images
+        if num_images:
+            notes.append(f"the folder {name} with its {num_images:,} images is none of the splits, and left out")

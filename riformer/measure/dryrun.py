@@ -21,7 +21,8 @@ from riformer.config import Recipe, check
 from riformer.data.batches import TrainBatches
 from riformer.data.builtin import FASHION_CLASSES
 from riformer.data.dataset import Dataset, ImageList, open_dataset
-from riformer.data.folders import find_images, hold_out
+from riformer.data.folders import find_splits
+from riformer.data.splits import hold_out
 from riformer.distill.cache import TeacherCache
 from riformer.distill.teachers import Ensemble, describe, open_model
 from riformer.measure.cost import count_params
@@ -193,8 +194,10 @@ def count_data(recipe: Recipe) -> tuple[Dataset, str]:
     config = recipe.data
     path = config.name.removeprefix("folder:")
     if config.name.startswith("folder:") and os.path.isdir(os.path.expanduser(path)):
-        found, _ = find_images(Path(path).expanduser())
-        train = found["train"] if "val" in found else hold_out(found["train"], config.val_fraction, recipe.seed)[0]
+        images = find_splits(Path(path).expanduser()).images
+        train = images["train"]
+        if "val" not in images:
+            train, _ = hold_out(train, config.val_fraction, config.split_seed, contents={})
         classes, num_images = tuple(train), sum(map(len, train.values()))
         note = f"counted the {num_images:,} training images in {path} by their names; not one was read"
     elif config.name in IN_MEMORY:
@@ -205,7 +208,7 @@ def count_data(recipe: Recipe) -> tuple[Dataset, str]:
             f"{config.name or 'no data set'} is not here: ImageNet-1k's 1,281,167 images of 1,000 classes are assumed"
         )
     else:
-        return open_dataset(config, recipe.seed), ""
+        return open_dataset(config), ""
     source = np.empty((0, 1, 1), np.uint8) if config.name in IN_MEMORY else Path()
     return Dataset(config.name, classes, {"train": ImageList([""] * num_images, [0] * num_images, source, "")}), note
 

@@ -90,7 +90,7 @@ def _models(comparison: Comparison, runs: Sequence[Run]) -> tuple[dict[str, nn.M
     models = {rung: load(by_name[chosen[rung]["run"]].best()) for rung in wanted if rung in chosen}
     run = by_name[comparison.records[0]["run"]]
     recipe = run.recipe()
-    data = open_dataset(recipe.data, recipe.seed, run.read("data.json"))
+    data = open_dataset(recipe.data, run.read("data.json"))
     every = max(1, comparison.num_images // NUM_IMAGES)  # spread over the split, so that all classes are among them
     batches = eval_batches(data.splits[comparison.split], preprocessing(recipe.data), every)
     return models, torch.cat([images[:1] for images, _ in batches])[:NUM_IMAGES]

@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from riformer.images import EXTENSIONS, read_image
+from riformer.images import read_image
 from riformer.preprocess import Preprocessing
 
 
@@ -21,24 +21,6 @@ class Prediction:
     path: str
     classes: tuple[tuple[str, float], ...] = ()
     error: str = ""
-
-
-def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """The files among the paths, and the images in the folders among them, at any depth, in order of name, none hidden.
-
-    Raises:
-        ValueError: a path that does not exist, or a folder without images.
-    """
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-            if not files:
-                raise ValueError(f"no images in {path}")
-            yield from files
-        elif path.exists():
-            yield path
-        else:
-            raise ValueError(f"no such file or folder: {path}")
 
 
 def class_names(model: nn.Module) -> list[str]:

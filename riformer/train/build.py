@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -55,6 +55,7 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
         model = timm.create_model(config.name, num_classes=len(data.classes), pretrained_cfg_overlay=noted, **args)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
+    cast(dict, model.pretrained_cfg)["train_data"] = data.train_data
     return model.to(memory_format=_layout(recipe))  # which what it computes follows
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from riformer.config import Recipe, check
 from riformer.data.batches import TrainBatches, TrainPart, eval_batches, preprocessing
 from riformer.data.dataset import Dataset, open_dataset
+from riformer.data.leaks import check_leaks
 from riformer.distill.imitation import fit_affines
 from riformer.distill.objective import imitation_scale
 from riformer.distill.teachers import Teacher
@@ -73,6 +74,12 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
             context.enter_context(full_float32())
         run = Run(folder)
         data = _open(recipe, run, group, context)
+        if group[0] == 0:
+            data.log()
+        if not run.metrics():
+            distill = recipe.distill
+            trusted = {*distill.logit_teachers} - {distill.module_teacher} if distill.trust_teacher else set()
+            check_leaks(data, [recipe.model.start, *distill.logit_teachers, distill.module_teacher], trusted)
         if recipe.distill.trains_teacher:
             teacher, teacher_run = teacher_recipe(recipe), Run(run.path / "teacher")
             if not teacher_run.metrics():
@@ -91,7 +98,7 @@ def _open(recipe: Recipe, run: Run, group: Group, context: ExitStack) -> Dataset
             context.enter_context(run.locked())
             run.begin(recipe, world_size)
         record = run.read("data.json")
-        data = open_dataset(recipe.data, recipe.seed, record)
+        data = open_dataset(recipe.data, record)
         if rank == 0 and record is None:
             run.write("data.json", data.record())
     return data

@@ -27,7 +27,7 @@ LIGHT = AugmentConfig(
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return open_dataset(DataConfig(name="digits"), seed=0)
+    return open_dataset(DataConfig(name="digits"))
 
 
 def train_batches(digits: Dataset, augment: AugmentConfig = EVERYTHING, **knobs: Any) -> TrainBatches:

@@ -18,7 +18,7 @@ from riformer.data.dataset import Dataset, open_dataset
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return open_dataset(DataConfig(name="digits"), seed=0)
+    return open_dataset(DataConfig(name="digits"))
 
 
 def test_digits_are_scikit_learns(digits: Dataset) -> None:
@@ -36,7 +36,7 @@ def test_digits_are_scikit_learns(digits: Dataset) -> None:
 def test_digits_split_is_fixed_and_stratified(digits: Dataset) -> None:
     assert {split: len(images) for split, images in digits.splits.items()} == {"train": 1000, "val": 297, "test": 500}
     assert digits.classes == tuple("0123456789")
-    other = open_dataset(DataConfig(name="digits"), seed=1)
+    other = open_dataset(DataConfig(name="digits"))
     assert names_of(other) == names_of(digits)
     total = Counter(label for images in digits.splits.values() for label in images.labels)
     assert len(total) == 10
@@ -70,11 +70,11 @@ def write_fashion(folder: Path) -> dict[str, np.ndarray]:
 def test_fashion_mnist_from_its_root(tmp_path: Path, inside: str) -> None:
     arrays = write_fashion(tmp_path / inside)
     config = DataConfig(name="fashion-mnist", root=str(tmp_path))
-    dataset = open_dataset(config, seed=0)
+    dataset = open_dataset(config)
     assert {split: len(images) for split, images in dataset.splits.items()} == {"train": 220, "val": 20, "test": 30}
     assert Counter(dataset.splits["val"].labels) == dict.fromkeys(range(10), 2)
     assert dataset.classes[7] == "Sneaker"
-    assert names_of(open_dataset(config, seed=5)) == names_of(dataset)
+    assert names_of(open_dataset(config)) == names_of(dataset)
     val = dataset.splits["val"]
     index = int(val.names[3].removeprefix("train/"))
     assert val.labels[3] == index % 10
@@ -85,33 +85,33 @@ def test_fashion_mnist_from_its_root(tmp_path: Path, inside: str) -> None:
 def test_fashion_mnist_that_is_damaged_or_nowhere(tmp_path: Path) -> None:
     write_fashion(tmp_path)
     config = DataConfig(name="fashion-mnist", root=str(tmp_path))
-    record = through_json(open_dataset(config, 0).record())
-    assert open_dataset(config, 0, record).record() == record
+    record = through_json(open_dataset(config).record())
+    assert open_dataset(config, record).record() == record
     write_idx(tmp_path / FASHION_FILES[2], np.zeros((30, 28, 28), np.uint8))
     with pytest.raises(ValueError, match=r"fashion-mnist has changed since the run began .in test"):
-        open_dataset(config, 0, record)
+        open_dataset(config, record)
     write_idx(tmp_path / FASHION_FILES[1], np.zeros(239, np.uint8))
     with pytest.raises(ValueError, match="are not fashion-mnist's images and labels"):
-        open_dataset(config, 0)
+        open_dataset(config)
     file = tmp_path / FASHION_FILES[0]
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{FASHION_FILES[0]} is not a whole gzipped IDX file"):
-        open_dataset(config, 0)
+        open_dataset(config)
     with pytest.raises(ValueError, match=r"cannot be downloaded .*dataset-fashion-mnist.*--data\.root"):
-        open_dataset(replace(config, root=str(file / "no-folder")), 0)  # below a file nothing can be made
+        open_dataset(replace(config, root=str(file / "no-folder")))  # below a file nothing can be made
 
 
 @pytest.mark.parametrize(("name", "hint"), [("digit", "digits"), ("fashion_mnist", "fashion-mnist"), ("imagenet", "")])
 def test_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.name is '{name}'; allowed are .*folder:PATH") as caught:
-        open_dataset(DataConfig(name=name), 0)
+        open_dataset(DataConfig(name=name))
     assert ("did you mean" in str(caught.value)) == bool(hint)
     assert hint in str(caught.value)
 
 
 def test_unknown_name_that_is_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"did you mean folder:{tmp_path}"):
-        open_dataset(DataConfig(name=str(tmp_path)), 0)
+        open_dataset(DataConfig(name=str(tmp_path)))
 
 
 def write_cifar(folder: Path, name: str, num_classes: int) -> np.ndarray:
@@ -137,10 +137,10 @@ def test_cifar_from_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     pixels = write_cifar(tmp_path, name, num_classes)
     config = DataConfig(name=name, root=str(tmp_path))
     with pytest.raises(ValueError, match=f"{name} is not in .* cannot be downloaded .*--data.root"):
-        open_dataset(config, 0)  # these are not the files that its checksums are of
+        open_dataset(config)  # these are not the files that its checksums are of
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    data = open_dataset(config, 0)
+    data = open_dataset(config)
     assert data.classes == tuple(f"thing {i}" for i in range(num_classes))
     assert {split: len(images) for split, images in data.splits.items()} == {"train": 22, "val": 2, "test": 6}
     for images in data.splits.values():
@@ -165,7 +165,7 @@ def write_glyphs(folder: Path) -> dict[str, np.ndarray]:
 def test_glyphs_are_split_by_family_and_judged_on_one_fixed_draw(tmp_path: Path) -> None:
     arrays = write_glyphs(tmp_path)
     config = DataConfig(name="glyphs", root=str(tmp_path), img_size=32)
-    data = open_dataset(config, 0)
+    data = open_dataset(config)
     assert data.classes == ("A", "B", "C")
     families = {split: {name.split("/")[0] for name in images.names} for split, images in data.splits.items()}
     assert families == {"train": {"futura"}, "val": {"bodoni"}, "test": {"garamond"}}
@@ -173,16 +173,16 @@ def test_glyphs_are_split_by_family_and_judged_on_one_fixed_draw(tmp_path: Path)
     np.testing.assert_array_equal(data.splits["train"].source, arrays["image"][6:12])
     assert data.splits["val"].source.shape == data.splits["test"].source.shape == (6, 32, 32)
     assert len({image.tobytes() for image in data.splits["test"].source}) == 6
-    assert open_dataset(config, 1, through_json(data.record())).record() == data.record()
+    assert open_dataset(config, through_json(data.record())).record() == data.record()
 
 
 def test_glyphs_that_are_damaged_or_nowhere(tmp_path: Path) -> None:
     config = DataConfig(name="glyphs", root=str(tmp_path))
     with pytest.raises(ValueError, match=r"there is no .*glyphs\.npz: make it with .*--data\.root"):
-        open_dataset(config, 0)
+        open_dataset(config)
     write_glyphs(tmp_path)
     whole = (tmp_path / "glyphs.npz").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"PK"):
         (tmp_path / "glyphs.npz").write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a whole file of glyphs"):
-            open_dataset(config, 0)
+            open_dataset(config)

@@ -1,8 +1,12 @@
 """A folder of images is opened as it is, or refused by name."""
 
+import json
 import logging
 import os
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from image_folders import fill, names_of, opened, put, through_json
 
 from riformer.config import DataConfig
 from riformer.data.dataset import open_dataset
+from riformer.data.scan import check_files
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def test_folder_with_splits(tmp_path: Path, val: str) -> None:
     assert dataset.splits["val"].labels == [2, 2]
     assert dataset.splits["val"].names == [f"{val}/eel/00.png", f"{val}/eel/01.png"]
     assert dataset.splits["test"].labels == [0, 1]
-    assert dataset.num_ignored == 2
+    assert dataset.left_out == {"with suffix .csv": 1, "with suffix .txt": 1, "hidden": 3}
     assert dataset.splits["train"].read(3).getpixel((0, 0)) == (0, 0, 0)  # dog 0
     assert dataset.splits["val"].read(1).size == (4, 4)
 
@@ -43,13 +48,13 @@ def test_folder_with_splits(tmp_path: Path, val: str) -> None:
 @pytest.mark.parametrize("base", [".", "train"])
 def test_split_is_drawn_by_class_and_seed(tmp_path: Path, base: str) -> None:
     fill(tmp_path / base, {"a": 20, "b": 10, "c": 2})
-    dataset = opened(tmp_path, seed=0, val_fraction=0.25)
+    dataset = opened(tmp_path, split_seed=0, val_fraction=0.25)
     assert Counter(dataset.splits["val"].labels) == {0: 5, 1: 2, 2: 1}
     assert Counter(dataset.splits["train"].labels) == {0: 15, 1: 8, 2: 1}
     everything = dataset.splits["train"].names + dataset.splits["val"].names
     assert len(set(everything)) == 32
-    assert names_of(opened(tmp_path, seed=0, val_fraction=0.25)) == names_of(dataset)
-    assert names_of(opened(tmp_path, seed=1, val_fraction=0.25)) != names_of(dataset)
+    assert names_of(opened(tmp_path, split_seed=0, val_fraction=0.25)) == names_of(dataset)
+    assert names_of(opened(tmp_path, split_seed=1, val_fraction=0.25)) != names_of(dataset)
 
 
 def test_train_keeps_an_image_of_each_class(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_folders_that_do_not_have_the_layout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .*missing"):
         opened(tmp_path / "missing")
     with pytest.raises(ValueError, match="there is no folder ''"):
-        open_dataset(DataConfig(name="folder:"), 0)
+        open_dataset(DataConfig(name="folder:"))
     with pytest.raises(ValueError, match="has no class folders"):
         opened(tmp_path)
     fill(tmp_path / "one", {"a": 2})
@@ -187,16 +192,16 @@ def test_class_of_which_nothing_is_left(tmp_path: Path) -> None:
 
 def test_record_brings_the_same_split_back(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 10, "b": 10})
-    first = opened(tmp_path, seed=3)
+    first = opened(tmp_path, split_seed=3)
     record = through_json(first.record())
     assert record["classes"] == ["a", "b"]
     assert record["splits"]["val"]["num_images"] == 4
     assert record["splits"]["val"]["images"]["b"] == [name for name in first.splits["val"].names if name[0] == "b"]
     fill(tmp_path, {"a": 15, "aa": 5, "b": 10})  # more images, and a class between the two
     with pytest.raises(ValueError, match=r"has changed since the run began .in train, val"):
-        opened(tmp_path, seed=3, record=record)  # fill has repainted class b
+        opened(tmp_path, split_seed=3, record=record)  # fill has repainted class b
     fill(tmp_path, {"a": 15, "b": 10})
-    again = opened(tmp_path, seed=99, record=record)
+    again = opened(tmp_path, split_seed=99, record=record)
     assert again.classes == ("a", "b")
     assert names_of(again) == names_of(first)
     assert again.record() == record
@@ -231,15 +236,65 @@ def test_checked_files_are_not_decoded_again_until_they_change(tmp_path: Path) -
         opened(tmp_path)
 
 
-def test_damaged_index_and_unwritable_cache(
+def index_of(cache: Path) -> Path:
+    (index,) = (cache / "riformer").iterdir()
+    return index
+
+
+def test_a_damaged_index_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "data", {"a": 3, "b": 3})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = opened(tmp_path / "data").record()
+    index = index_of(tmp_path / "cache")
+    whole = index.read_bytes()
+    for damaged in (b"[1, 2", b"", whole[:-20], whole[20:], b"\xff" + whole, whole.replace(b'"', b"'")):
+        index.write_bytes(damaged)
+        assert opened(tmp_path / "data").record() == before
+        assert len(known(index)) == 6
+
+
+def known(index: Path) -> set[str]:
+    """The files that the next start does not check."""
+    names = set()
+    for line in index.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            names.add(json.loads(line)[0])
+    return names
+
+
+def test_an_index_that_cannot_be_written_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(tmp_path / "data", {"a": 3, "b": 3})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = opened(tmp_path / "data").record()
-    (index,) = (tmp_path / "cache" / "riformer").iterdir()
-    index.write_text("[1, 2")
+    index = index_of(tmp_path / "cache")
+    index.unlink()
+    index.mkdir()
     assert opened(tmp_path / "data").record() == before
-    monkeypatch.setenv("XDG_CACHE_HOME", str(put(tmp_path / "file")))
-    assert opened(tmp_path / "data").record() == before
-    assert "will check all images again" in caplog.text
+    assert caplog.text.count("the next start checks all images again") == 1
+
+
+def test_an_interrupted_scan_keeps_what_it_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "data", {"a": 30, "b": 30})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.png"))
+    scan = """
+import os, sys
+from pathlib import Path
+from riformer.data import scan
+calls, check = [], scan._check_file
+def dying(path):
+    calls.append(path)
+    if len(calls) == 50:
+        os._exit(9)
+    return check(path)
+scan._check_file, scan.SAVE_SECONDS, scan.os.cpu_count = dying, 0.0, lambda: 1
+scan.check_files(Path(sys.argv[1]), sys.argv[2:])
+"""
+    process = subprocess.run([sys.executable, "-c", scan, str(tmp_path / "data"), *names], check=False)
+    assert process.returncode == 9
+    assert len(known(index_of(tmp_path / "cache"))) > 40
+    hashes, bad = check_files(tmp_path / "data", names)
+    assert (len(hashes), bad) == (60, {})
+    assert len(known(index_of(tmp_path / "cache"))) == 60

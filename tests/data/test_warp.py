@@ -82,7 +82,7 @@ def test_what_is_drawn_varies_in_place_size_and_light_and_stays_inside() -> None
 
 @pytest.fixture(scope="module")
 def digits() -> ImageList:
-    images = open_dataset(DataConfig(name="digits"), 0).splits["train"]
+    images = open_dataset(DataConfig(name="digits")).splits["train"]
     return replace(images, names=images.names[:50], labels=images.labels[:50])
 
 
@@ -128,7 +128,7 @@ def test_kept_augmentations_come_round_again(digits: ImageList) -> None:
 
 
 def test_what_cannot_be_warped_is_refused(tmp_path, image_folder) -> None:
-    files = open_dataset(DataConfig(name=f"folder:{image_folder}"), 0).splits["train"]
+    files = open_dataset(DataConfig(name=f"folder:{image_folder}")).splits["train"]
     with pytest.raises(ValueError, match="policy warp is for grey images in memory"):
         TrainBatches(files, 10, SMALL, WARP, 0, 8)
     colored = ImageList(["a"] * 8, [0] * 8, np.zeros((8, 32, 32, 3), np.uint8), "")

@@ -229,6 +229,6 @@ def test_batch_norm_is_evaluated_as_one_model_over_processes(tmp_path):
     recipe = dataclasses.replace(plain(ema_decay=0.5), model=resnet)
     assert run_processes(recipe, tmp_path, 2) == [0, 0]
     epoch = next(line for line in lines(tmp_path) if line["kind"] == "epoch")
-    images = open_dataset(recipe.data, recipe.seed).splits["val"]
+    images = open_dataset(recipe.data).splits["val"]
     best = evaluate(riformer.load(tmp_path), eval_batches(images, preprocessing(recipe.data), 50), 10, "fp32")
     assert best.loss == pytest.approx(epoch["val_loss"], rel=1e-4)
