@@ -7,6 +7,12 @@ from typing import Self
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+MAX_ASPECT = 32
+"""Images that are longer than this many times their width, or wider than so many times their height, are cut around
+their centre before they are resized. A centre crop keeps far less of them anyway; without the cut, a file of 150 bytes
+can ask for gigabytes, since the shorter side is what is resized to the network's input."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Preprocessing:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Shape: RGB image -> [*input_size], normalised."""
-        return create_transform(
+        transform = create_transform(
             self.input_size,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
@@ -45,3 +51,14 @@ class Preprocessing:
             mean=self.mean,
             std=self.std,
         )
+        return Compose([cut_long, *transform.transforms])
+
+
+def cut_long(image: Image.Image) -> Image.Image:
+    """The image, or the middle of one whose sides differ by more than a factor of `MAX_ASPECT`."""
+    width, height = image.size
+    new_width, new_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    if (new_width, new_height) == image.size:
+        return image
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from riformer.cli.options import known, verb_parser
 from riformer.cli.parsing import Parser, dashed, written
-from riformer.config import Recipe, drop_idle, from_dict, upgrade
+from riformer.config import MOVABLE, Recipe, drop_idle, from_dict, upgrade
 from riformer.config.knobs import default_of, option, value_of, with_value
 from riformer.config.serialise import MOVED
 from riformer.recipes import RECIPES, RENAMED, RUNGS, at_budget
@@ -61,6 +61,11 @@ class RecipeOptions:
         """
         self._add_knobs()
         options, given = self.parser.parse_given(self.argv)
+        if self.resumed and (refused := given.keys() - {"resume", *MOVABLE}):
+            raise ValueError(
+                f"--resume takes every setting from the run; {', '.join(sorted(map(option, refused)))} cannot be given "
+                f"with it, but for {', '.join(map(option, MOVABLE))}, if the data was moved"
+            )
         recipe = self.base
         self.overrides = {knob: value for knob, value in given.items() if knob in KNOBS}
         for knob, value in self.overrides.items():
@@ -120,13 +125,11 @@ def _source(argv: list[str]) -> tuple[Recipe, str, str]:
     first = ArgumentParser(prog="riformer", add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
     for name in ("--recipe", "--config", "--resume"):
         first.add_argument(name)
-    found, others = first.parse_known_args([dashed(argument) for argument in argv])
+    found, _ = first.parse_known_args([dashed(argument) for argument in argv])
     given = vars(found)
     if len(given) > 1:
         raise ValueError(f"{' and '.join(option(name) for name in given)} each name a recipe; give one of them")
     if run := given.get("resume", ""):
-        if others and not {"-h", "--help", "--help-all"} & set(others):
-            raise ValueError(f"--resume takes every setting from the run; {' '.join(others)} cannot be given with it")
         return Run(run).recipe(), "", run
     if file := given.get("config", ""):
         try:

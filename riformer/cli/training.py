@@ -34,7 +34,8 @@ def train(argv: list[str]) -> int:
     parser.add_argument(
         "--rung", type=str, default="full", help="train this rung of a ladder, see `riformer list rungs`"
     )
-    parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
+    resume_help = "run folder to go on with, all settings as they were; --data.name says where moved data is now"
+    parser.add_argument("--resume", type=str, help=resume_help)
     parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
     options, recipe = settings.parse()
     (recipe,) = settings.on_rungs(recipe, [options.rung])

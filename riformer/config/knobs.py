@@ -22,6 +22,9 @@ WITH_ROOT = ("fashion-mnist", "cifar10", "cifar100", "glyphs")
 BUILT_IN = ("digits", *WITH_ROOT)
 """Data sets that are arrays with splits of their own, and no folder of images."""
 
+MOVABLE = ("data.name", "data.root", "data.num_workers")
+"""Knobs that may change when a run is resumed, as long as the content of the data is the same."""
+
 
 @dataclass(frozen=True)
 class DataConfig:

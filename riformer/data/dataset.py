@@ -138,7 +138,7 @@ class Dataset:
             sizes.append(f"{split}{f' (folder {folder})' if folder not in ('', split) else ''} {len(images):,}")
         order = " in natural order" if self.folders and list(self.classes) == natural_order(self.classes) else ""
         first = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-        lines = [f"{self.name}: {', '.join(sizes)} images", f"{len(self.classes)} classes{order}: {first}"]
+        lines = [f"{self.name}: images in {', '.join(sizes)}", f"{len(self.classes)} classes{order}: {first}"]
         if self.held_out:
             fraction, seed = self.held_out["val_fraction"], self.held_out["split_seed"]
             lines.append(f"val is {fraction:.0%} of each class, held out with --data.split-seed {seed}")
@@ -237,7 +237,7 @@ def _folder(config: DataConfig, record: dict[str, Any] | None, whole: bool) -> D
     path = config.name.removeprefix("folder:")
     root = Path(path).expanduser()
     if not path or not os.path.isdir(root):  # Path.is_dir raises where it may not look
-        moved = "; if it was moved, say where it is now: --data.name folder:PATH" if record else ""
+        moved = "; if it was moved: riformer train --resume RUN --data.name folder:PATH" if record else ""
         raise ValueError(f"data.name is {config.name!r}, but there is no folder {path!r}{moved}")
     layout = _recorded_layout(record) if record else find_splits(root)
     has_val = "val" in layout.images
@@ -248,7 +248,7 @@ def _folder(config: DataConfig, record: dict[str, Any] | None, whole: bool) -> D
     if bad and (record is not None or config.on_bad == "error"):
         advice = "mend or remove them, or leave them out: --data.on-bad skip"
         if record is not None:
-            advice = "say where they are now, --data.name folder:PATH, or restore them"
+            advice = "if they were moved, riformer train --resume RUN --data.name folder:PATH; otherwise restore them"
         lines = [f"{name}: {reason}" for name, reason in bad.items()]
         lines[20:] = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
         raise ValueError(

@@ -90,18 +90,18 @@ def split_folders(root: Path, names: list[str]) -> dict[str, str]:
         if len(group) > 1:
             raise ValueError(
                 f"{root} has {listed}; keep one of {', '.join(sorted(group))}, which all mean {split}. "
-                f"{_advice(root, listed)}"
+                f"{_advice(listed)}"
             )
     if "train" not in splits:
-        raise ValueError(f"{root} has {listed} but no train. {_advice(root, listed)}")
+        raise ValueError(f"{root} has {listed} but no train. {_advice(listed)}")
     return {split: splits[split][0] for split in SPLIT_WORDS if split in splits}
 
 
-def _advice(root: Path, names: str) -> str:
+def _advice(names: str) -> str:
     """What to do where names of splits are names of classes."""
     return (
-        f"If {names} are classes, move all class folders into a new folder {root / 'train'}, in which every folder is "
-        f"a class whatever its name"
+        f"If that is the name of a class ({names}), move all class folders into a folder NEW/train and give "
+        f"folder:NEW; below train every folder is a class"
     )
 
 
@@ -130,7 +130,7 @@ def _find_classes(root: Path, name: str, walk: Walk, notes: list[str]) -> Split:
     if loose:
         raise ValueError(
             f"{folder} has {len(loose)} images that lie in no class folder, such as {loose[0]}; "
-            f"move them into the folder of their class, or away" + (f". {_advice(root, name)}" if name else "")
+            f"move them into the folder of their class, or away" + (f". {_advice(name)}" if name else "")
         )
     by_class: dict[str, list[str]] = {}
     for class_folder in names:

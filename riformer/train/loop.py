@@ -14,7 +14,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from riformer.config import Recipe, check
+from riformer.config import Recipe, check, to_dict
 from riformer.data.batches import TrainBatches, TrainPart, eval_batches, preprocessing
 from riformer.data.dataset import Dataset, open_dataset
 from riformer.data.leaks import check_leaks
@@ -96,11 +96,12 @@ def _open(recipe: Recipe, run: Run, group: Group, context: ExitStack) -> Dataset
     with main_process_first(rank):
         if rank == 0:
             context.enter_context(run.locked())
-            run.begin(recipe, world_size)
+            run.begin(recipe, world_size, moving=True)
         record = run.read("data.json")
         data = open_dataset(recipe.data, record)
-        if rank == 0 and record is None:
+        if rank == 0 and (record is None or run.recipe().data != recipe.data):  # new, or moved with equal content
             run.write("data.json", data.record())
+            run.write("recipe.json", to_dict(recipe))
     return data
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_errors, write_text
-from riformer.config import Recipe, drop_idle, from_dict, to_dict, upgrade
+from riformer.config import MOVABLE, Recipe, drop_idle, from_dict, to_dict, upgrade
 from riformer.version import __version__
 
 try:
@@ -57,16 +57,19 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def begin(self, recipe: Recipe, world_size: int) -> None:
+    def begin(self, recipe: Recipe, world_size: int, moving: bool = False) -> None:
         """Writes the recipe and the environment into a new folder, or checks that an existing run has this recipe.
 
-        A run that has not come as far as training anything makes way for one of another recipe.
+        A run that has not come as far as training anything makes way for one of another recipe. With `moving`, the
+        knobs in `MOVABLE` may differ.
 
         Raises:
             ValueError: the folder holds other files, or a run of another recipe; the message names the differences.
         """
         if (self.path / "recipe.json").exists():
             differences = _differences(to_dict(self.recipe()), to_dict(recipe))
+            if moving:
+                differences = [line for line in differences if line.partition(":")[0] not in MOVABLE]
             trained = self.metrics() or any(
                 (self.path / name).exists() for name in ("last", "last.previous", "teacher")
             )
