@@ -260,13 +260,13 @@ def _folder(config: DataConfig, record: dict[str, Any] | None, whole: bool) -> D
     skipped = [{"path": name, "reason": reason} for name, reason in bad.items()]
 
     splits = _readable(root, layout.images, hashes)
+    classes = tuple(splits["train"])
     held_out: dict[str, float] = record.get("held_out", {}) if record else {}
     if not has_val and whole:
-        splits = {"test": splits["train"], **splits}
+        splits = splits if "test" in splits else {"test": splits["train"]}
     elif not has_val:
         splits["train"], splits["val"] = hold_out(splits["train"], config.val_fraction, config.split_seed, hashes)
         held_out = {"val_fraction": config.val_fraction, "split_seed": config.split_seed}
-    classes = tuple(splits["train"])
     lists = {split: _from_files(root, classes, part, hashes) for split, part in splits.items()}
     return Dataset(
         config.name, classes, lists, record["skipped"] if record else skipped, layout.left_out, layout.folders,

@@ -60,7 +60,7 @@ def open_for_evaluation(config: DataConfig, split: str, train_data: dict[str, An
     if not train_data:
         return dataset
     train = train_data.get("splits", {}).get("train", {}).get("sha256")
-    if "val" not in whole.splits and whole.digest(*whole.folders) == train_data.get("sha256"):
+    if "val" not in whole.splits and whole.digest(*whole.splits) == train_data.get("sha256"):
         drawn = {knob: train_data[knob] for knob in ("val_fraction", "split_seed") if knob in train_data}
         split_again = open_dataset(replace(config, **drawn))
         if split_again.digest("train") == train:
