@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
-MAX_ASPECT = 32  # longer side over shorter side of an image that is resized whole
+MAX_ASPECT = 32
+"""Images that are longer than this many times their width, or wider than so many times their height, are cut around
+their centre before they are resized. A centre crop keeps far less of them anyway; without the cut, a file of 150 bytes
+can ask for gigabytes, since the shorter side is what is resized to the network's input."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,7 @@ class Preprocessing:
         return cls(**{name: config[name] for name in cls.__dataclass_fields__})
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's transform, with very long images cut to their middle first, of which the crop keeps no more.
-
-        Shape: RGB image -> [*input_size], normalised.
-        """
+        """Shape: RGB image -> [*input_size], normalised."""
         transform = create_transform(
             self.input_size,
             crop_pct=self.crop_pct,
@@ -51,18 +51,14 @@ class Preprocessing:
             mean=self.mean,
             std=self.std,
         )
-        return partial(_transformed, transform, self.crop_mode == "center")
+        return Compose([cut_long, *transform.transforms])
 
 
-def _transformed(transform: Callable[[Image.Image], Tensor], crops_middle: bool, image: Image.Image) -> Tensor:
-    return transform(_middle(image) if crops_middle else image)
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """The image, or the middle of one that is far longer than wide: resized whole, it would not fit into memory."""
+def cut_long(image: Image.Image) -> Image.Image:
+    """The image, or the middle of one whose sides differ by more than a factor of `MAX_ASPECT`."""
     width, height = image.size
-    longest = MAX_ASPECT * min(width, height)
-    if max(width, height) <= longest:
+    new_width, new_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    if (new_width, new_height) == image.size:
         return image
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))

@@ -1,126 +1,147 @@
-"""One walk over image files, for training, evaluation and prediction: what counts as an image, and what is left out.
+"""Image files below a folder: one walk for training, evaluation and prediction.
 
-Left out are hidden files and folders, folders in which systems keep thumbnails and deleted files, and files without the
-suffix of an image. Links are followed, but no folder is entered twice. Everything that is left out is counted. What has
-the suffix of an image and is none, such as a broken link, is not left out: reading it says what is wrong.
+The policy:
+    - an image is what has a suffix of `riformer.images.EXTENSIONS` and is no folder; whether it can be read is for its
+      reader to say, also of broken links, pipes and devices;
+    - hidden files and folders are left out, and those that systems and file servers make, such as thumbnails;
+    - links are followed, but into no folder twice and into none that holds the one where the walk began;
+    - everything that is left out is counted by reason.
 """
 
+import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from riformer.images import EXTENSIONS
 
-SYSTEM_FOLDERS = frozenset(
+logger = logging.getLogger(__name__)
+
+SYSTEM_NAMES = frozenset(
     (
-        *("@eadir", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"),
-        *("__macosx", "__pycache__", "thumbs", "_thumbs", "thumbnails", ".thumbnails", ".ds_store"),
+        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),  # file servers
+        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+        *("__macosx", "icon\r", "network trash folder", "temporary items", "lost+found", "__pycache__"),
     )
 )
-"""Names, in lower case, of folders that systems and their viewers make beside images."""
+"""Names, in lower case, of files and folders that no user made. Most others of their kind are hidden."""
 
-SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
+UNREAD_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".psd", ".svg", ".tga", ".exr", ".hdr", ".dcm", ".eps", ".ico"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),  # of cameras
+    )
+)
+"""Suffixes of image formats that are not read, for which a conversion is advised."""
 
 
-def folders_in(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Names of the folders directly inside one, but hidden ones and those of systems, which are counted.
+class Walk:
+    """A walk over folders by the policy of this module.
 
-    Raises:
-        ValueError: the folder cannot be read.
+    Attributes:
+        left_out: how many files and folders were left out, by reason.
+        errors: what could not be looked into, a message for each.
     """
-    names = []
-    with _readable(folder) as entries:
-        for entry in entries:
-            if entry.is_dir() and _is_wanted(entry.name, left_out, is_folder=True):
-                names.append(entry.name)
-    return sorted(names)
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+        self.errors: list[str] = []
+
+    def entries(self, folder: Path) -> tuple[list[str], list[str]]:
+        """The names of the folders in a folder, and of its images, both sorted."""
+        folders, images = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if reason := _unwanted(entry.name):
+                        self.left_out[reason] += 1
+                    elif _is_folder(entry):
+                        folders.append(entry.name)
+                    elif is_image(entry.name):
+                        images.append(entry.name)
+                    else:
+                        self.left_out[_reason(entry)] += 1
+        except OSError as error:
+            self.errors.append(f"cannot read folder {folder}: {error.strerror}")
+        return sorted(folders), sorted(images)
+
+    def images(self, folder: Path) -> list[Path]:
+        """The images below a folder, at any depth, sorted."""
+        above = folder.parent.resolve()
+        visited = {str(above), *map(str, above.parents)}
+        images: list[Path] = []
+        waiting = [folder]
+        while waiting:
+            current = waiting.pop()
+            real = os.path.realpath(current)
+            if real in visited:
+                self.left_out["linked again"] += 1
+                continue
+            visited.add(real)
+            folders, names = self.entries(current)
+            images += [current / name for name in names]
+            waiting += [current / name for name in reversed(folders)]
+        return sorted(images, key=os.fspath)
 
 
-def images_directly_in(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Names of the images directly inside a folder; other files are counted.
+def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
+    """The files among the paths and the images in the folders among them, and a message for each path without any.
 
-    Raises:
-        ValueError: the folder cannot be read.
-    """
-    with _readable(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.is_dir() and _is_image(entry, left_out))
-
-
-def images_in(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """The images in a folder, at any depth, sorted by path; what is left out is counted.
-
-    Raises:
-        ValueError: a folder cannot be read.
-    """
-    above = folder.parent.resolve()
-    return sorted(_walk(folder, {str(above), *map(str, above.parents)}, left_out))
-
-
-def find_images(paths: list[str | Path], left_out: Counter[str]) -> list[Path]:
-    """The files among the paths, whatever their suffix, and the images in the folders among them.
-
-    A path that leads nowhere stays in the list: reading it says what is wrong.
-
-    Raises:
-        ValueError: a folder without images.
+    What is left out of a folder is logged.
     """
     images: list[Path] = []
+    problems: list[str] = []
     for path in map(Path, paths):
-        if not os.path.isdir(path):
+        if os.path.isdir(path):
+            walk = Walk()
+            inside = walk.images(path)
+            if walk.left_out:
+                logger.info("%s: %s", path, describe(walk.left_out))
+            problems += walk.errors or ([] if inside else [f"no images in {path}"])
+            images += inside
+        elif os.path.lexists(path):
             images.append(path)
-            continue
-        inside = images_in(path, left_out)
-        if not inside:
-            raise ValueError(f"no images in {path}" + (f"; left out: {describe(left_out)}" if left_out else ""))
-        images += inside
-    return images
+        else:
+            problems.append(f"no such file or folder: {path}")
+    return images, problems
 
 
-def describe(left_out: Counter[str]) -> str:
-    """What was left out, the most frequent first, such as `3 .heic, 2 hidden`."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+def describe(left_out: dict[str, int]) -> str:
+    """One line about what was left out: how many for each reason, the most frequent first."""
+    counts = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    line = f"left out {', '.join(f'{count:,} {reason}' for reason, count in counts)}"
+    unread = [suffix for suffix in sorted(UNREAD_SUFFIXES) if f"with suffix {suffix}" in left_out]
+    return f"{line}; to use {', '.join(unread)} files, convert them to JPEG or PNG" if unread else line
 
 
-def _walk(folder: Path, seen: set[str], left_out: Counter[str]) -> Iterator[Path]:
-    real = os.path.realpath(folder)
-    if real in seen:
-        left_out["links to a folder that was visited"] += 1
-        return
-    seen.add(real)
-    with _readable(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.is_dir():
-            if _is_wanted(entry.name, left_out, is_folder=True):
-                yield from _walk(folder / entry.name, seen, left_out)
-        elif _is_image(entry, left_out):
-            yield folder / entry.name
+def is_image(name: str) -> bool:
+    """Whether a file of that name counts as an image."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _is_image(entry: os.DirEntry, left_out: Counter[str]) -> bool:
-    if not _is_wanted(entry.name, left_out, is_folder=False):
-        return False
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix not in EXTENSIONS:
-        left_out[suffix or "without suffix"] += 1
-        return False
-    return True
+def _unwanted(name: str) -> str:
+    """Why a file or folder of that name is left out; empty if it is not."""
+    if name.startswith("."):
+        return "hidden"
+    if name.lower() in SYSTEM_NAMES or re.fullmatch(r"found\.\d{3}", name.lower()):
+        return f"of the system ({name.strip()})"
+    return ""
 
 
-def _is_wanted(name: str, left_out: Counter[str], is_folder: bool) -> bool:
-    kind = "folders" if is_folder else "files"
-    if name.lower() in (SYSTEM_FOLDERS if is_folder else SYSTEM_FILES):
-        left_out[f"{kind} of the system"] += 1
-    elif name.startswith("."):
-        left_out[f"hidden {kind}"] += 1
-    else:
-        return True
-    return False
-
-
-def _readable(folder: Path) -> "os._ScandirIterator[str]":
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise ValueError(f"cannot read folder {folder}: {error.strerror}") from error
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
+
+
+def _reason(entry: os.DirEntry[str]) -> str:
+    """Why something that is neither a folder nor an image is left out."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return "broken links"
+    if not os.path.isfile(entry.path):
+        return "not regular files"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return f"with suffix {suffix}" if suffix else "without a suffix"

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,6 @@ from riformer.pages.card import model_card
 from riformer.runtime.parity import compare
 from riformer.runtime.predict import Prediction, on_engine, predict
 from riformer.train.run import Run
-from riformer.walk import describe as describe_left_out
 from riformer.walk import find_images
 
 
@@ -49,7 +47,8 @@ def fuse_verb(argv: list[str]) -> int:
 def predict_verb(argv: list[str]) -> int:
     """Labels images with a run or a saved model, fused first.
 
-    Images that cannot be read are named, the others still labelled; the exit code is then 1.
+    Images that cannot be read, and paths that are not there, are named, the others still labelled; the exit code is
+    then 1.
     """
     parser = verb_parser("predict", predict_verb)
     parser.add_argument("model", type=str, help="run folder, model folder or weights file")
@@ -64,15 +63,16 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument("--engine", type=engines, default="auto", help=engine_help)
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
-    left_out: Counter[str] = Counter()
-    images = [io.BytesIO(sys.stdin.buffer.read())] if piped else find_images(options.images, left_out)
-    if left_out:
-        errors.print(f"left out: {describe_left_out(left_out)}", soft_wrap=True)
+    images: list[Path | io.BytesIO] = [io.BytesIO(sys.stdin.buffer.read())] if piped else []
+    files, problems = find_images([] if piped else options.images)
+    images += files
+    for problem in problems:
+        errors.print(problem, soft_wrap=True)
     with errors.activity("preparing the network; its code is compiled once on each machine"):
         model, about = on_engine(deploy_form(load_model(options.model)), options.engine)
     errors.print(about, soft_wrap=True)
     predictions = predict(model, images, options.top_k, options.batch_size)
-    failed = False
+    failed = bool(problems)
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
     table = Table(Column("image", overflow="fold"), *headings)
     quiet = options.json or not errors.is_terminal

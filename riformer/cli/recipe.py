@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from riformer.cli.options import check_name, verb_parser
 from riformer.cli.parsing import Parser, dashed, written
-from riformer.config import Recipe, from_dict, reset_unused, upgrade
+from riformer.config import MOVABLE, Recipe, from_dict, reset_unused, upgrade
 from riformer.config.knobs import default_of, option, value_of, with_value
 from riformer.config.serialise import MOVED
 from riformer.recipes import RECIPES, RENAMED, RUNGS, at_budget
@@ -24,9 +24,6 @@ SHORT_HELP = (
     *("optim.lr", "optim.epochs", "optim.batch_size", "optim.accumulation", "optim.precision"),
 )
 """Knobs that --help explains; --help-all explains all of them."""
-
-MAY_CHANGE = ("-h", "--help", "--help-all", "--data.name", "--data.root", "--data.num-workers")
-"""Options beside --resume: data of the same content may lie elsewhere, and be read by another number of workers."""
 
 
 class RecipeOptions:
@@ -64,6 +61,11 @@ class RecipeOptions:
         """
         self._add_knobs()
         options, given = self.parser.parse_given(self.argv)
+        if self.resumed and (refused := given.keys() - {"resume", *MOVABLE}):
+            raise ValueError(
+                f"--resume takes every setting from the run; {', '.join(sorted(map(option, refused)))} cannot be given "
+                f"with it, but for {', '.join(map(option, MOVABLE))}, if the data was moved"
+            )
         recipe = self.base
         self.overrides = {knob: value for knob, value in given.items() if knob in KNOBS}
         for knob, value in self.overrides.items():
@@ -123,17 +125,11 @@ def _source(argv: list[str]) -> tuple[Recipe, str, str]:
     first = ArgumentParser(prog="riformer", add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
     for name in ("--recipe", "--config", "--resume"):
         first.add_argument(name)
-    found, others = first.parse_known_args([dashed(argument) for argument in argv])
+    found, _ = first.parse_known_args([dashed(argument) for argument in argv])
     given = vars(found)
     if len(given) > 1:
         raise ValueError(f"{' and '.join(option(name) for name in given)} each name a recipe; give one of them")
     if run := given.get("resume", ""):
-        fixed = [name for name in others if name.startswith("-") and name.partition("=")[0] not in MAY_CHANGE]
-        if fixed:
-            raise ValueError(
-                f"--resume takes its settings from the run; {' '.join(fixed)} cannot be given with it, only "
-                f"{', '.join(MAY_CHANGE[3:])}"
-            )
         return Run(run).recipe(), "", run
     if file := given.get("config", ""):
         try:

@@ -34,7 +34,8 @@ def train(argv: list[str]) -> int:
     parser.add_argument(
         "--rung", type=str, default="full", help="train this rung of a ladder, see `riformer list rungs`"
     )
-    parser.add_argument("--resume", type=str, help="run folder to go on with, all settings as they were")
+    resume_help = "run folder to go on with, all settings as they were; --data.name says where moved data is now"
+    parser.add_argument("--resume", type=str, help=resume_help)
     parser.add_argument("--out", type=str, help="run folder (default: runs/RECIPE-seedN)")
     options, recipe = settings.parse()
     (recipe,) = settings.on_rungs(recipe, [options.rung])
@@ -88,14 +89,14 @@ def evaluate(argv: list[str]) -> int:
 
     Of a run: on its own data, with its teacher, parity and speed; recorded in the run folder. Of any saved model, or
     with --data.name (--data for short): on the data given, with the model's own preprocessing and class names; of a
-    folder of class folders without splits, on all its images.
+    folder of class folders without splits, on all its images, but for those that the model was trained on.
     """
     argv = [re.sub(r"^--data(?==|$)", "--data.name", argument) for argument in argv]
     parser = verb_parser("eval", evaluate)
     parser.add_argument("model", type=str, help="run folder, model folder or weights file")
     split_help = "train, val or test (default: test where there is one)"
     parser.add_argument("--split", type=str, default="", help=split_help)
-    for name in ("name", "root", "val_fraction", "on_bad", "num_workers"):
+    for name in ("name", "root", "val_fraction", "split_seed", "on_bad", "num_workers"):
         default = "" if name == "name" else getattr(DataConfig(), name)
         parser.add_argument(f"--data.{name}", type=get_type_hints(DataConfig)[name], default=default, help="see train")
     options = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """The configuration of a training: its knobs, which values and combinations they allow, and recipes as JSON."""
 
 from riformer.config.knobs import (
+    MOVABLE,
     AugmentConfig,
     DataConfig,
     DistillConfig,
@@ -14,6 +15,7 @@ from riformer.config.rules import check, reset_unused
 from riformer.config.serialise import from_dict, to_dict, upgrade
 
 __all__ = [
+    "MOVABLE",
     "AugmentConfig",
     "DataConfig",
     "DistillConfig",

@@ -22,6 +22,9 @@ WITH_ROOT = ("fashion-mnist", "cifar10", "cifar100", "glyphs")
 BUILT_IN = ("digits", *WITH_ROOT)
 """Data sets that are arrays with splits of their own, and no folder of images."""
 
+MOVABLE = ("data.name", "data.root", "data.num_workers")
+"""Knobs that may change when a run is resumed, as long as the content of the data is the same."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -29,7 +32,7 @@ class DataConfig:
 
     name: str = "digits"
     """data set: digits (built in), fashion-mnist, cifar10, cifar100, glyphs, or folder:PATH (PATH/train and PATH/val,
-    or one flat folder of class folders that is split here)"""
+    or one flat folder of class folders that is split here); classes are in timm's natural order: 2, 10, ant, Zebra"""
     root: str = ""
     """folder where fashion-mnist, cifar10, cifar100 or glyphs lies, or is downloaded to; empty: ~/.cache/riformer, and
     before that the system's folder of fashion-mnist"""
@@ -41,10 +44,10 @@ class DataConfig:
     """mean of the red, green and blue channel, of values in 0..1"""
     std: tuple[PositiveShare, PositiveShare, PositiveShare] = (0.229, 0.224, 0.225)
     """standard deviation of the red, green and blue channel, of values in 0..1"""
-    split_seed: int = 0
-    """decides which images are held out for validation when a folder has no val; not the seed of the training"""
     val_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
     """share of each class held out for validation when a folder has no val"""
+    split_seed: int = 0
+    """decides which images are held out; not the seed of the training, so that all runs on a folder have one split"""
     on_bad: Literal["error", "skip"] = "error"
     """what to do with images that cannot be read: stop and name them, or leave them out, counted and listed"""
     num_workers: CountOrZero = 0

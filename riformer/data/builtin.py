@@ -16,7 +16,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from riformer.caches import cache_folder
-from riformer.data.folders import hash_ranks
+from riformer.data.splits import hash_ranks
 from riformer.data.warp import warp
 
 DIGITS_CLASSES = tuple("0123456789")

@@ -2,18 +2,16 @@
 
 A folder is read once in full before training: files that cannot be read are named and refused, or left out on request
 and listed; none is ever replaced by another. The classes are those of train. What was opened can be recorded and
-opened again from the record, whatever was added meanwhile.
+opened again from the record, whatever was added meanwhile, and wherever the folder was moved.
 """
 
 import difflib
 import hashlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,10 @@ from PIL import Image
 
 from riformer.config import DataConfig
 from riformer.data import builtin
-from riformer.data.folders import check_files, find_splits, hold_out
+from riformer.data.folders import Layout, Split, find_splits
+from riformer.data.orders import natural_order
+from riformer.data.scan import check_files
+from riformer.data.splits import duplicates, hold_out
 from riformer.images import read_image
 from riformer.walk import describe
 
@@ -36,14 +37,19 @@ DATASETS = {
     "folder:PATH": "any images: PATH/train/CLASS/ and PATH/val/CLASS/, or PATH/CLASS/, which is split here",
 }
 
+NUM_DIGITS = 16  # of an image's SHA-256 that are recorded
+
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
     """One split: a name and a label for each image, and where the pixels are.
 
-    `source` is the folder that the names are relative to, or an array of bytes, [N, height, width] for grey images and
-    [N, height, width, 3] for RGB. `sha256` is over names, labels and contents; `contents` has the start of each image's
-    own SHA-256, for images in files.
+    Attributes:
+        names: of the images; those of files are relative to `source`.
+        labels: index of each image's class.
+        source: a folder, or an array of bytes, [N, height, width] for grey images and [N, height, width, 3] for RGB.
+        sha256: over names, labels and contents.
+        contents: the first digits of each image's SHA-256, of the file or of the pixels in an array.
     """
 
     names: list[str]
@@ -66,8 +72,15 @@ class ImageList:
 class Dataset:
     """The classes, the splits ("train", "val" and mostly "test"), and what was left out.
 
-    The classes of a folder are in timm's natural order: 1, 2, 10. `skipped` has a {"path", "reason"} for each image
-    that cannot be read; `left_out` counts what is no image, by reason.
+    Attributes:
+        name: as in the recipe.
+        classes: class names by label; those of a folder are in timm's natural order.
+        splits: by name.
+        skipped: a {"path", "reason"} for each image that cannot be read.
+        left_out: files and folders that are no images of the data set: how many, by reason.
+        folders: of a folder, the name of each split's folder; "" for class folders in the root itself.
+        held_out: `val_fraction` and `split_seed` with which val was drawn from train; empty where it was not.
+        warnings: what a user may not expect, a line for each.
     """
 
     name: str
@@ -75,46 +88,78 @@ class Dataset:
     splits: dict[str, ImageList]
     skipped: list[dict[str, str]] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
-
-    def origin(self, config: DataConfig) -> dict[str, Any]:
-        """What a model carries about the data that it is trained on: digests by which they are known again."""
-        drawn = {"val_fraction": config.val_fraction, "split_seed": config.split_seed}
-        name = config.name if not config.name.startswith("folder:") else f"folder:{Path(config.name).name}"
-        return {"name": name, "splits": {split: images.sha256 for split, images in self.splits.items()}, **drawn}
+    folders: dict[str, str] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """All of this as JSON types, with the names of the images in each split by class; see `open_dataset`."""
+        """All of this as JSON types, the names and digests of images by split and class; see `open_dataset`."""
         splits = {}
         for split, images in self.splits.items():
-            by_class: dict[str, list[str]] = {name: [] for name in self.classes}
-            for name, label in zip(images.names, images.labels, strict=True):
-                by_class[self.classes[label]].append(name)
-            splits[split] = {"num_images": len(images), "sha256": images.sha256, "images": by_class}
-            if images.contents:
-                splits[split]["contents"] = images.contents
+            names: dict[str, list[str]] = {name: [] for name in self.classes}
+            contents: dict[str, list[str]] = {name: [] for name in self.classes}
+            for name, label, content in zip(images.names, images.labels, images.contents, strict=True):
+                names[self.classes[label]].append(name)
+                contents[self.classes[label]].append(content)
+            joined = {name: " ".join(some) for name, some in contents.items()}
+            splits[split] = {
+                "num_images": len(images), "sha256": images.sha256, "images": names, "contents": joined
+            }  # fmt: skip
         return {
             "name": self.name,
             "classes": list(self.classes),
+            "folders": self.folders,
+            "held_out": self.held_out,
             "splits": splits,
             "skipped": self.skipped,
             "left_out": self.left_out,
         }
+
+    @cached_property
+    def train_data(self) -> dict[str, Any]:
+        """What a model trained on it carries as `pretrained_cfg["train_data"]`: digests, no path and no file name."""
+        splits = {split: {"sha256": self.digest(split), "num_images": len(i)} for split, i in self.splits.items()}
+        return {"name": public_name(self.name), "sha256": self.digest(*self.splits), "splits": splits, **self.held_out}
+
+    def digest(self, *splits: str) -> str:
+        """SHA-256 over classes and contents of the images in these splits, whatever their names, places and order."""
+        lines = [
+            f"{content} {self.classes[label]}\n"
+            for split in splits
+            for content, label in zip(self.splits[split].contents, self.splits[split].labels, strict=False)
+        ]
+        return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def describe(self) -> str:
+        """Splits, classes and what was left out, in one line."""
+        sizes = []
+        for split, images in self.splits.items():
+            folder = self.folders.get(split, "")
+            sizes.append(f"{split}{f' (folder {folder})' if folder not in ('', split) else ''} {len(images):,}")
+        order = " in natural order" if self.folders and list(self.classes) == natural_order(self.classes) else ""
+        first = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+        lines = [f"{self.name}: images in {', '.join(sizes)}", f"{len(self.classes)} classes{order}: {first}"]
+        if self.held_out:
+            fraction, seed = self.held_out["val_fraction"], self.held_out["split_seed"]
+            lines.append(f"val is {fraction:.0%} of each class, held out with --data.split-seed {seed}")
+        return "; ".join(lines + ([describe(self.left_out)] if self.left_out else []))
+
+    def log(self) -> None:
+        """Says what was opened, and warns of what a user may not expect."""
+        logger.info("%s", self.describe())
+        for line in self.warnings:
+            logger.warning("%s: %s", self.name, line)
 
 
 def open_dataset(config: DataConfig, record: dict[str, Any] | None = None, whole: bool = False) -> Dataset:
     """The data set that `config.name` names, or exactly the one in `record`.
 
     digits: 1,000 / 297 / 500 images in train / val / test. fashion-mnist: 55,000 / 5,000 / 10,000. cifar10, cifar100:
-    45,834 / 4,166 / 10,000. glyphs: as its file says, by families of typefaces. These splits are fixed.
-
-    folder:PATH is PATH/train and PATH/val (or the usual other names, in any case) and perhaps PATH/test, each with a
-    folder for each class; or PATH with class folders, or PATH/train alone, of which `config.val_fraction` of each class
-    is held out, drawn with `config.split_seed`, copies of one image on one side.
-
-    Args:
-        config: of the data.
-        record: what `Dataset.record` returned, for exactly that split.
-        whole: hold nothing out of a folder without val; test is then all of it, or PATH/test where there is one.
+    45,834 / 4,166 / 10,000. glyphs: as its file says, by families of typefaces. These splits are fixed. folder:PATH is
+    PATH/train and PATH/val and perhaps PATH/test, each with a folder for each class; or PATH with class folders, or
+    PATH/train alone, of which `config.val_fraction` of each class is held out, drawn with `config.split_seed`. With
+    `whole` nothing is held out of such a folder, and test is all of it, or PATH/test where there is one. See
+    `riformer.data.folders` for names of splits that are understood.
 
     Raises:
         ValueError: an unknown name; a folder that has not this form, or files in it that cannot be read; images that
@@ -134,44 +179,57 @@ def open_dataset(config: DataConfig, record: dict[str, Any] | None = None, whole
         close = difflib.get_close_matches(config.name, DATASETS)
         close += [f"folder:{config.name}"] if os.path.isdir(config.name) else []
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"--data.name is {config.name!r}; allowed are {', '.join(DATASETS)}{hint}")
+        raise ValueError(f"data.name is {config.name!r}; allowed are {', '.join(DATASETS)}{hint}")
     if record is not None:
-        _check_same(dataset.record(), record)
-    _say_once(_summary(dataset))
+        _check_same(dataset, record)
     return dataset
 
 
-def _summary(dataset: Dataset) -> str:
-    """Splits, classes and what was left out, in a line."""
-    sizes = ", ".join(f"{len(images):,} {split}" for split, images in dataset.splits.items())
-    shown = ", ".join(dataset.classes[:5]) + (", ..." if len(dataset.classes) > 5 else "")
-    text = f"{dataset.name}: {sizes} images of {len(dataset.classes):,} classes ({shown})"
-    return text + (f"; left out: {describe(Counter(dataset.left_out))}" if dataset.left_out else "")
-
-
-@cache
-def _say_once(text: str) -> None:
-    logger.info("%s", text)
-
-
-def _check_same(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Compares two records of a data set, wherever it lies.
-
-    Raises:
-        ValueError: they differ in classes, images or splits.
+def _check_same(dataset: Dataset, record: dict[str, Any]) -> None:
     """
-    digests = [{split: part["sha256"] for split, part in record["splits"].items()} for record in (now, before)]
-    changed = sorted(split for split in digests[0] | digests[1] if digests[0].get(split) != digests[1].get(split))
-    if now["classes"] != before["classes"] or changed:
+    Raises:
+        ValueError: classes, names or contents differ from the record.
+    """
+    changed, different = [], []
+    for split, before in record["splits"].items():
+        images = dataset.splits.get(split)
+        if images is None or images.sha256 != before["sha256"]:
+            changed.append(split)
+        if images is not None:
+            known = contents_by_name(before)
+            now = zip(images.names, images.contents, strict=True)
+            different += [name for name, content in now if known and known.get(name) != content]
+    if changed or list(dataset.classes) != record["classes"]:
         what = f"in {', '.join(changed)}" if changed else "its class names"
-        raise ValueError(f"{now['name']} has changed since the run began ({what}); restore it, or start a new run")
+        example = f": {len(different):,} images, such as {different[0]}" if different else ""
+        raise ValueError(
+            f"{dataset.name} has changed since the run began ({what}{example}); restore it, or start a new run"
+        )
+
+
+def public_name(name: str) -> str:
+    """The name of a data set; of a folder's path the last component, which reveals nothing of the machine."""
+    if not name.startswith("folder:"):
+        return name
+    return f"folder:{PureWindowsPath(name.removeprefix('folder:')).name.strip('.') or 'unnamed'}"
+
+
+def contents_by_name(split: dict[str, Any]) -> dict[str, str]:
+    """The digest of each image of a recorded split; empty for a record of version 0.1, which has none."""
+    contents = split.get("contents", {})
+    return {
+        name: content
+        for group, names in split["images"].items()
+        if group in contents
+        for name, content in zip(names, contents[group].split(), strict=True)
+    }
 
 
 def _from_arrays(name: str, classes: tuple[str, ...], splits: dict[str, builtin.Arrays]) -> Dataset:
     lists = {}
     for split, (names, labels, pixels) in splits.items():
-        contents = (hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
-        lists[split] = ImageList(names, labels, pixels, _digest(names, labels, contents))
+        contents = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+        lists[split] = _image_list(names, labels, pixels, contents)
     return Dataset(name, classes, lists)
 
 
@@ -179,19 +237,18 @@ def _folder(config: DataConfig, record: dict[str, Any] | None, whole: bool) -> D
     path = config.name.removeprefix("folder:")
     root = Path(path).expanduser()
     if not path or not os.path.isdir(root):  # Path.is_dir raises where it may not look
-        raise ValueError(f"--data.name is {config.name!r}, but there is no folder {path!r}")
-    if record is None:
-        found, counts = find_splits(root)
-        left_out = dict(counts)
-    else:
-        found = {split: part["images"] for split, part in record["splits"].items()}
-        left_out = record.get("left_out", {})
-
-    if record is None and "val" in found and config.val_fraction != DataConfig().val_fraction:
+        moved = "; if it was moved: riformer train --resume RUN --data.name folder:PATH" if record else ""
+        raise ValueError(f"data.name is {config.name!r}, but there is no folder {path!r}{moved}")
+    layout = _recorded_layout(record) if record else find_splits(root)
+    has_val = "val" in layout.images
+    if record is None and has_val and config.val_fraction != DataConfig().val_fraction:
         raise ValueError(f"--data.val-fraction is {config.val_fraction}, but has no effect: {root} has a val folder")
-    hashes, bad = check_files(root, [name for part in found.values() for names in part.values() for name in names])
+
+    hashes, bad = check_files(root, [n for part in layout.images.values() for names in part.values() for n in names])
     if bad and (record is not None or config.on_bad == "error"):
-        advice = "restore them" if record is not None else "mend or remove them, or leave them out: --data.on-bad skip"
+        advice = "mend or remove them, or leave them out: --data.on-bad skip"
+        if record is not None:
+            advice = "if they were moved, riformer train --resume RUN --data.name folder:PATH; otherwise restore them"
         lines = [f"{name}: {reason}" for name, reason in bad.items()]
         lines[20:] = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
         raise ValueError(
@@ -202,45 +259,48 @@ def _folder(config: DataConfig, record: dict[str, Any] | None, whole: bool) -> D
         logger.warning("left out %d images in %s that cannot be read, such as %s", len(bad), root, next(iter(bad)))
     skipped = [{"path": name, "reason": reason} for name, reason in bad.items()]
 
-    kept = {split: {c: [n for n in names if n in hashes] for c, names in part.items()} for split, part in found.items()}
+    splits = _readable(root, layout.images, hashes)
+    classes = tuple(splits["train"])
+    held_out: dict[str, float] = record.get("held_out", {}) if record else {}
+    if not has_val and whole:
+        splits = splits if "test" in splits else {"test": splits["train"]}
+    elif not has_val:
+        splits["train"], splits["val"] = hold_out(splits["train"], config.val_fraction, config.split_seed, hashes)
+        held_out = {"val_fraction": config.val_fraction, "split_seed": config.split_seed}
+    lists = {split: _from_files(root, classes, part, hashes) for split, part in splits.items()}
+    return Dataset(
+        config.name, classes, lists, record["skipped"] if record else skipped, layout.left_out, layout.folders,
+        held_out, [*layout.notes, *duplicates(splits, hashes)],
+    )  # fmt: skip
+
+
+def _recorded_layout(record: dict[str, Any]) -> Layout:
+    images = {split: part["images"] for split, part in record["splits"].items()}
+    return Layout(record.get("folders", {}), images, record.get("left_out", {}))
+
+
+def _readable(root: Path, splits: dict[str, Split], hashes: dict[str, str]) -> dict[str, Split]:
+    """The images that have a hash.
+
+    Raises:
+        ValueError: a class of train, or a whole split, has none.
+    """
+    kept = {split: {c: [n for n in names if n in hashes] for c, names in p.items()} for split, p in splits.items()}
     for split, part in kept.items():
         lost = [name for name, images in part.items() if not images]
         if lost and (split == "train" or len(lost) == len(part)):
             raise ValueError(f"none of the images in {split} of class {', '.join(lost)} in {root} can be read")
-    if "val" not in kept and whole:
-        kept = {"test": kept["train"], **kept}
-    elif "val" not in kept:
-        kept["train"], kept["val"] = hold_out(kept["train"], config.val_fraction, config.split_seed, hashes)
-    splits = {split: _from_files(root, list(kept["train"]), part, hashes) for split, part in kept.items()}
-    for problem in _copies(splits):
-        logger.warning("%s: %s", config.name, problem)
-    return Dataset(config.name, tuple(kept["train"]), splits, record["skipped"] if record else skipped, left_out)
+    return kept
 
 
-def _copies(splits: dict[str, ImageList]) -> list[str]:
-    """What images of equal content spoil: in several splits, or in several classes."""
-    places: dict[str, list[tuple[str, int, str]]] = {}
-    for split, images in splits.items():
-        for content, label, name in zip(images.contents, images.labels, images.names, strict=True):
-            places.setdefault(content, []).append((split, label, name))
-    copies = [found for found in places.values() if len(found) > 1]
-    problems = []
-    for what, part in (("several splits", 0), ("several classes", 1)):
-        if spread := [found for found in copies if len({place[part] for place in found}) > 1]:
-            example = ", ".join(name for _, _, name in spread[0][:3])
-            problems.append(f"{len(spread):,} images are in {what} at once, such as {example}")
-    return problems
-
-
-def _from_files(root: Path, classes: list[str], images: dict[str, list[str]], hashes: dict[str, str]) -> ImageList:
+def _from_files(root: Path, classes: tuple[str, ...], images: Split, hashes: dict[str, str]) -> ImageList:
     names = [path for name in classes for path in images.get(name, [])]
     labels = [label for label, name in enumerate(classes) for _ in images.get(name, [])]
-    contents = [hashes[name][:16] for name in names]
-    return ImageList(names, labels, root, _digest(names, labels, (hashes[name] for name in names)), contents)
+    return _image_list(names, labels, root, [hashes[name] for name in names])
 
 
-def _digest(names: Iterable[str], labels: Iterable[int], contents: Iterable[str]) -> str:
+def _image_list(names: list[str], labels: list[int], source: Path | np.ndarray, hashes: list[str]) -> ImageList:
     digest = hashlib.sha256()
-    for name, label, content in zip(names, labels, contents, strict=True):
+    for name, label, content in zip(names, labels, hashes, strict=True):
         digest.update(os.fsencode(f"{label} {content} {name}\n"))
-    return digest.hexdigest()
+    return ImageList(names, labels, source, digest.hexdigest(), [content[:NUM_DIGITS] for content in hashes])

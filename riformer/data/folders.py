@@ -1,220 +1,200 @@
-"""A folder of class folders -> image files by split and class, each opened and decoded once before training.
+"""A folder of class folders -> image files by split and class.
 
-Layout: PATH/train, PATH/val and perhaps PATH/test, each with a folder for each class; or PATH/train alone, or PATH with
-the class folders themselves. Images lie in a class folder at any depth. Splits may have the usual other names, in any
-case. Class names are in Unicode's composed form (NFC), in which names that look the same are the same.
+Layouts: PATH/train, PATH/val and perhaps PATH/test, each with a folder for each class; PATH/train without val; or PATH
+with the class folders themselves. Images lie in a class folder at any depth. Split folders may have other usual names,
+in any case: training, valid, validation, dev, Test_Set, 01-train, and seg_train beside seg_test. Class folders are in
+timm's order, see `riformer.data.orders`. Names that differ in their Unicode form alone (NFC, NFD) are one class.
 """
 
-import hashlib
-import json
-import logging
-import os
+import re
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import PIL
-
-from riformer.atomic import write_text
-from riformer.caches import cache_folder
 from riformer.data.orders import natural_order
-from riformer.images import read_image
-from riformer.version import __version__
-from riformer.walk import describe, folders_in, images_directly_in, images_in
+from riformer.walk import Walk
 
-logger = logging.getLogger(__name__)
-
-CHUNK = 500  # images checked between two lines of progress
-
-SPLITS = {
+SPLIT_WORDS = {
     "train": ("train", "training", "trn"),
-    "val": ("val", "valid", "validation", "dev", "eval"),
+    "val": ("val", "valid", "validation", "validate", "dev", "development", "eval", "evaluation"),
     "test": ("test", "testing", "tst"),
 }
-"""Names of folders, in lower case, that hold a split."""
+"""Words that name a split, alone or with FILLERS before or after them."""
+
+FILLERS = ("set", "data", "dataset", "split", "folder", "images", "image", "imgs", "img", "photos", "pictures", "pics")
 
 Split = dict[str, list[str]]
 """Class -> paths of its images, relative to the root and sorted."""
 
 
-def find_splits(root: Path) -> tuple[dict[str, Split], Counter[str]]:
-    """The image files of each split by class, classes in timm's natural order, and what was left out, by reason.
+@dataclass(frozen=True)
+class Layout:
+    """What a folder holds.
+
+    Attributes:
+        folders: name of the folder of each split; "" for class folders in the root itself.
+        images: of each split, by class.
+        left_out: how many files and folders were left out, by reason.
+        notes: what a user may not expect, a line for each.
+    """
+
+    folders: dict[str, str]
+    images: dict[str, Split]
+    left_out: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_splits(root: Path) -> Layout:
+    """The image files of each split.
 
     Raises:
-        ValueError: the folder has not the layout above, cannot be read, has fewer than two classes, a class without
-            images, an image without a class, or a class that train lacks. The message names it.
+        ValueError: the folder has not one of the layouts above or more than one, cannot be read, has fewer than two
+            classes, a class without images, an image without a class, or a class that train lacks. The message names
+            it and says what to do.
     """
-    left_out: Counter[str] = Counter()
-    folders = _split_folders(root, left_out)
-    found = {split: _find_classes(root, folder, left_out) for split, folder in folders.items()}
-    if len(found["train"]) < 2:
-        raise ValueError(f"{root} has one class only ({', '.join(found['train'])}); at least two are needed")
-    for split, part in found.items():
-        if unknown := sorted(part.keys() - found["train"].keys()):
-            raise ValueError(f"classes in {folders[split]} that train lacks: {', '.join(unknown)}")
-    return found, left_out
+    walk = Walk()
+    notes: list[str] = []
+    names, loose = walk.entries(root)
+    folders = split_folders(root, names)
+    if folders["train"]:
+        walk.left_out["images outside of the split folders"] += len(loose)
+    else:
+        walk = Walk()  # which meets the entries of the root once more
+        _refuse_splits_in_classes(root, names)
+    images = {split: _find_classes(root, name, walk, notes) for split, name in folders.items()}
+    if folders["train"]:
+        _leave_out_others(root, set(names) - set(folders.values()), images["train"], walk, notes)
+    if walk.errors:
+        raise ValueError(walk.errors[0])
+    _check_classes(root, folders, images)
+    return Layout(folders, images, {reason: count for reason, count in walk.left_out.items() if count}, notes)
 
 
-def _split_folders(root: Path, left_out: Counter[str]) -> dict[str, Path]:
-    """The folder of each split; the root itself as train where it holds the class folders.
+def split_folders(root: Path, names: list[str]) -> dict[str, str]:
+    """The folder of each split among the folders of these names in the root; {"train": ""} where no name means one.
 
     Raises:
-        ValueError: names that could be splits or classes, or two folders for one split.
+        ValueError: several names for one split, or no train.
     """
-    inside = folders_in(root, left_out)
-    named = {split: [name for name in inside if name.strip().lower() in names] for split, names in SPLITS.items()}
-    named = {split: names for split, names in named.items() if names}
-    for split, names in named.items():
-        if len(names) > 1:
-            raise ValueError(f"{root} has {', '.join(names)}, which all mean {split}; keep one of them")
-    if not named:
-        return {"train": root}
-    as_classes = [name for (name,) in named.values() if images_directly_in(root / name, Counter())]
-    others = [name for name in inside if [name] not in named.values()]
-    if as_classes:
-        raise ValueError(
-            f"{root / as_classes[0]} is named like a split but holds images itself: if it is a class, rename it; if it "
-            f"is a split, put its images into a folder for each class"
-        )
-    if "train" not in named:
-        present = ", ".join(name for (name,) in named.values())
-        raise ValueError(
-            f"{root} has {present} but no train; rename what is to be train, or classes that are so called"
-        )
-    if others:
-        logger.warning("%s: left out, as they are no splits: %s", root, ", ".join(others))
-        left_out["folders beside the splits"] += len(others)
-    return {split: root / name for split, (name,) in named.items()}
+    meanings = {name: meaning for name in names if (meaning := _meaning(name))}
+    with_train = {rest for split, rest in meanings.values() if split == "train"}
+    with_others = {rest for split, rest in meanings.values() if split != "train"}
+    splits: dict[str, list[str]] = {}
+    for name, (split, rest) in meanings.items():
+        if not rest or rest in with_train & with_others:
+            splits.setdefault(split, []).append(name)
+    if not splits:
+        return {"train": ""}
+    listed = ", ".join(sorted(name for group in splits.values() for name in group))
+    for split, group in splits.items():
+        if len(group) > 1:
+            raise ValueError(
+                f"{root} has {listed}; keep one of {', '.join(sorted(group))}, which all mean {split}. "
+                f"{_advice(listed)}"
+            )
+    if "train" not in splits:
+        raise ValueError(f"{root} has {listed} but no train. {_advice(listed)}")
+    return {split: splits[split][0] for split in SPLIT_WORDS if split in splits}
 
 
-def _find_classes(root: Path, folder: Path, left_out: Counter[str]) -> Split:
-    """The images in each class folder, at any depth."""
-    if loose := images_directly_in(folder, left_out):
+def _advice(names: str) -> str:
+    """What to do where names of splits are names of classes."""
+    return (
+        f"If that is the name of a class ({names}), move all class folders into a folder NEW/train and give "
+        f"folder:NEW; below train every folder is a class"
+    )
+
+
+def _meaning(name: str) -> tuple[str, str] | None:
+    """The split that a folder's name means, and the other words in the name; None if it means none.
+
+    Digits, and words such as "set" and "images", do not count.
+    """
+    filler = "|".join(FILLERS)
+    splits, others = [], []
+    for word in re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", name).casefold()):
+        named = [
+            split
+            for split, words in SPLIT_WORDS.items()
+            if re.fullmatch(f"({filler})?({'|'.join(words)})({filler})?", word)
+        ]
+        splits += named
+        others += [] if named or word in FILLERS else [word]
+    return (splits[0], " ".join(others)) if len(splits) == 1 else None
+
+
+def _find_classes(root: Path, name: str, walk: Walk, notes: list[str]) -> Split:
+    """The images in each class folder of a folder of the root, at any depth."""
+    folder = root / name
+    names, loose = walk.entries(folder)
+    if loose:
         raise ValueError(
             f"{folder} has {len(loose)} images that lie in no class folder, such as {loose[0]}; "
-            f"move them into the folder of their class, or away"
+            f"move them into the folder of their class, or away" + (f". {_advice(name)}" if name else "")
         )
+    by_class: dict[str, list[str]] = {}
+    for class_folder in names:
+        by_class.setdefault(unicodedata.normalize("NFC", class_folder), []).append(class_folder)
     images: Split = {}
-    for name in folders_in(folder, left_out):
-        paths = [path.relative_to(root).as_posix() for path in images_in(folder / name, left_out)]
-        if not paths:
-            others = f"; left out: {describe(left_out)}" if left_out else ""
-            raise ValueError(f"class folder {folder / name} has no images; remove it or fill it{others}")
-        images.setdefault(unicodedata.normalize("NFC", name), []).extend(paths)
-    if not images:
+    for class_name in natural_order(by_class):
+        folders = [folder / class_folder for class_folder in by_class[class_name]]
+        paths = [path.relative_to(root).as_posix() for class_folder in folders for path in walk.images(class_folder)]
+        if not paths and not walk.errors:
+            raise ValueError(f"class folder {folders[0]} has no images; remove it or fill it")
+        images[class_name] = sorted(paths)
+        if len(folders) > 1:
+            notes.append(f"{len(folders)} folders are the class {class_name}, in several Unicode forms of its name")
+    if not images and not walk.errors:
         raise ValueError(f"{folder} has no class folders: images are expected in {folder}/CLASS/")
-    return {name: sorted(images[name]) for name in natural_order(images)}
+    return images
 
 
-def check_files(root: Path, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of each file that decodes in full, and for each other one why it does not.
-
-    Files of unchanged size and time are known from an index of earlier checks, which lies in the user's cache folder.
+def _check_classes(root: Path, folders: dict[str, str], images: dict[str, Split]) -> None:
     """
-    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    index_file = cache_folder() / f"index-{key}.json"
-    reader = f"riformer {__version__}, Pillow {PIL.__version__}"
-    known: dict[str, list] = {}  # name -> size, time, SHA-256
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        known = index["files"] if index["reader"] == reader else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no index yet, or a damaged one: everything is checked
-
-    stamps = {name: _stamp(root / name) for name in names}
-    hashes = {name: known[name][2] for name in names if name in known and known[name][:2] == stamps[name]}
-    fresh = [name for name in names if name not in hashes]
-    bad = {}
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(fresh), CHUNK):
-                chunk = fresh[start : start + CHUNK]
-                checks = pool.map(_check_file, [root / name for name in chunk])
-                for name, (digest, reason) in zip(chunk, checks, strict=True):
-                    if reason:
-                        bad[name] = reason
-                    else:
-                        hashes[name] = digest
-                logger.info("checked %d of %d images in %s", start + len(chunk), len(fresh), root)
-    finally:  # also what an interrupted scan has checked
-        checked = {name: [*stamps[name], hashes[name]] for name in fresh if name in hashes}
-        if checked:
-            _write_index(index_file, {"reader": reader, "files": {**known, **checked}})
-    return hashes, bad
+    Raises:
+        ValueError: fewer than two classes, or one that train lacks.
+    """
+    classes = images["train"]
+    if len(classes) < 2:
+        folder, (name,) = root / folders["train"], classes
+        inside = Walk().entries(folder / name)[0]
+        hint = f". If its folders ({', '.join(inside[:3])}) are the classes or splits, give folder:{folder / name}"
+        raise ValueError(f"{folder} has one class only ({name}); at least two are needed" + (hint if inside else ""))
+    for split, part in images.items():
+        if unknown := natural_order(part.keys() - classes.keys()):
+            near = {name for name in classes if name.casefold() in map(str.casefold, unknown)}
+            hint = f"; train has {', '.join(natural_order(near))}" if near else ""
+            raise ValueError(f"classes in {split} of {root} that train lacks: {', '.join(unknown)}{hint}")
 
 
-def _write_index(file: Path, index: dict) -> None:
-    try:
-        write_text(file, json.dumps(index))
-    except OSError as error:
-        logger.warning("cannot write %s (%s): the next start will check all images again", file, error)
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size and time of change; empty where there is no file to ask, which reading it will explain."""
-    try:
-        status = path.stat()
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _check_file(path: Path) -> tuple[str, str]:
-    """The file's SHA-256 and an empty string, or an empty string and why it cannot be read."""
-    try:
-        read_image(path)
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), ""
-    except (ValueError, OSError) as error:
-        return "", str(error).removeprefix(f"{path}: ")
-
-
-def hold_out(images: Split, fraction: float, seed: int, contents: Mapping[str, str]) -> tuple[Split, Split]:
-    """Train and val of each class: about the share `fraction` of it, but at least one image, goes to val.
-
-    Images of equal content go to the same side, also when they are in different classes.
-
-    Args:
-        images: by class.
-        fraction: between 0 and 1.
-        seed: of the draw; that of the split, which is not the seed of the training.
-        contents: something for each image that is equal where the contents are.
+def _refuse_splits_in_classes(root: Path, names: list[str]) -> None:
+    """Refuses CLASS/train and CLASS/val, which would be taken for one split.
 
     Raises:
-        ValueError: a class has a single image, or copies of one image alone.
+        ValueError: all class folders have folders for train and another split.
     """
-    train: Split = {}
-    val: Split = {}
-    in_val: dict[str, bool] = {}  # by content
-    for name, paths in images.items():
-        if len(paths) < 2:
-            raise ValueError(f"class {name!r} has a single image, {paths[0]}; one for train and one for val are needed")
-        copies = Counter(contents[path] for path in paths)
-        wanted = min(max(round(len(paths) * fraction), 1), len(paths) - 1)
-        taken = sum(count for content, count in copies.items() if in_val.get(content))
-        free = {contents[path]: path for path in reversed(paths) if contents[path] not in in_val}
-        ranks = dict(zip(free, hash_ranks(list(free.values()), [0] * len(free), seed), strict=True))
-        for content in sorted(ranks, key=lambda content: ranks[content]):
-            in_val[content] = taken < wanted and taken + copies[content] < len(paths)
-            taken += copies[content] * in_val[content]
-        train[name] = [path for path in paths if not in_val[contents[path]]]
-        val[name] = [path for path in paths if in_val[contents[path]]]
-        if not train[name] or not val[name]:
+    meanings = [map(_meaning, Walk().entries(root / name)[0]) for name in names]
+    splits = [{meaning[0] for meaning in inside if meaning} for inside in meanings]
+    if len(names) > 1 and all("train" in inside and len(inside) > 1 for inside in splits):
+        raise ValueError(
+            f"the folders of {root} ({', '.join(names[:3])}) have folders for splits inside; expected are "
+            f"{root}/train/CLASS and {root}/val/CLASS"
+        )
+
+
+def _leave_out_others(root: Path, names: set[str], classes: Split, walk: Walk, notes: list[str]) -> None:
+    """Counts what is in folders beside those of the splits.
+
+    Raises:
+        ValueError: one of the folders has the name of a class.
+    """
+    for name in natural_order(names):
+        if unicodedata.normalize("NFC", name) in classes:
             raise ValueError(
-                f"class {name!r} cannot be split into train and val: of its {len(paths)} images, {len(copies)} are "
-                f"different; give it more images, or a val folder"
+                f"{root} has folders for splits and, beside them, {name}, which is also a class in train: move its "
+                f"images there, or away"
             )
-    return train, val
-
-
-def hash_ranks(names: Sequence[str], labels: Sequence[int], seed: int = 0) -> list[int]:
-    """Each image's place within its class, in an order drawn by hashing, which no library's version changes."""
-    drawn = sorted(range(len(names)), key=lambda i: hashlib.sha256(os.fsencode(f"{seed} {names[i]}")).digest())
-    counts: Counter[int] = Counter()
-    ranks = [0] * len(names)
-    for i in drawn:
-        ranks[i] = counts[labels[i]]
-        counts[labels[i]] += 1
-    return ranks
+        num_images = len(Walk().images(root / name))
+        walk.left_out["images outside of the split folders"] += num_images
+        if num_images:
+            notes.append(f"the folder {name} with its {num_images:,} images is none of the splits, and left out")

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from riformer.config import DataConfig, Recipe, check
+from riformer.config import Recipe, check
 from riformer.data.batches import TrainBatches
 from riformer.data.builtin import FASHION_CLASSES
 from riformer.data.dataset import Dataset, ImageList, open_dataset
-from riformer.data.folders import Split, find_splits, hold_out
+from riformer.data.folders import find_splits
+from riformer.data.splits import hold_out
 from riformer.distill.cache import TeacherCache
 from riformer.distill.teachers import Ensemble, describe, open_model
 from riformer.machine import cpu_name
@@ -194,8 +195,10 @@ def count_data(recipe: Recipe) -> tuple[Dataset, str]:
     config = recipe.data
     path = config.name.removeprefix("folder:")
     if config.name.startswith("folder:") and os.path.isdir(os.path.expanduser(path)):
-        found, _ = find_splits(Path(path).expanduser())
-        train = found["train"] if "val" in found else _without_held_out(found["train"], config)
+        images = find_splits(Path(path).expanduser()).images
+        train = images["train"]
+        if "val" not in images:
+            train, _ = hold_out(train, config.val_fraction, config.split_seed, contents={})
         classes, num_images = tuple(train), sum(map(len, train.values()))
         note = f"counted the {num_images:,} training images in {path} by their names; not one was read"
     elif config.name in IN_MEMORY:
@@ -209,12 +212,6 @@ def count_data(recipe: Recipe) -> tuple[Dataset, str]:
         return open_dataset(config), ""
     source = np.empty((0, 1, 1), np.uint8) if config.name in IN_MEMORY else Path()
     return Dataset(config.name, classes, {"train": ImageList([""] * num_images, [0] * num_images, source, "")}), note
-
-
-def _without_held_out(images: Split, config: DataConfig) -> Split:
-    """The training images of a folder without val, as far as their names tell."""
-    contents = {path: path for paths in images.values() for path in paths}  # unread, each one different
-    return hold_out(images, config.val_fraction, config.split_seed, contents)[0]
 
 
 def _opener(recipe: Recipe, data: Dataset, notes: list[str]) -> Callable[[str, int], nn.Module]:

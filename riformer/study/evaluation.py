@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from riformer.config import DataConfig
 from riformer.data.batches import eval_batches
 from riformer.data.dataset import Dataset, ImageList, open_dataset
+from riformer.data.leaks import open_for_evaluation
 from riformer.distill.teachers import describe
 from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
@@ -27,6 +28,7 @@ from riformer.runtime.parity import compare, full_float32
 from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.run import Run
+from riformer.walk import describe as describe_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +56,11 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     """
     run = Run(path)
     recipe, best = run.recipe(), run.best()
-    data = open_dataset(recipe.data, record=run.read("data.json"))
+    data = open_dataset(recipe.data, run.read("data.json"))
     split = _chosen_split(data, "")
     images, num_classes = data.splits[split], len(data.classes)
+    left_out = f"; {describe_left_out(data.left_out)}" if data.left_out else ""
+    logger.info("evaluating on %s of %s, %d images%s", split, data.name, len(images), left_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(best).to(device)
@@ -111,13 +115,24 @@ def evaluation(path: str | Path) -> dict[str, Any]:
 
 @full_float32()
 def evaluate_model(
-    model: nn.Module, data: DataConfig, split: str = "", record: dict[str, Any] | None = None
+    model: nn.Module,
+    data: DataConfig,
+    split: str = "",
+    seed: int | None = None,
+    record: dict[str, Any] | None = None,
 ) -> dict[str, Evaluation]:
     """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
 
-    The data's classes are found among the model's by name. `split` is train, val or test; empty takes test, else val,
-    and of a folder that has no splits all images; but of the folder that the model was trained on, what was held out.
-    `record` is that of the run whose split it is, where it is a run's.
+    The data's classes are found among the model's by name. A folder without splits on which the model was trained is
+    split as in that training.
+
+    Args:
+        model: as `load` gives it.
+        data: the data set.
+        split: train, val or test; empty takes test, else val, and all images of a folder without splits, unless the
+            model was trained on them.
+        seed: of the split of a folder, instead of `data.split_seed`.
+        record: the data.json of the run whose split it is.
 
     Raises:
         ValueError: the data has no such split, or a class that the model does not know.
@@ -125,9 +140,12 @@ def evaluate_model(
     config = model.pretrained_cfg
     preprocessing = Preprocessing.of_model(model)
     data = replace(data, img_size=preprocessing.input_size[-1])  # of which only glyphs take notice
-    dataset = _trained_on(model, data) if record is None and not split else None
-    dataset = dataset or open_dataset(data, record, whole=not split and record is None)
+    if seed is not None:
+        data = replace(data, split_seed=seed)
+    dataset = open_dataset(data, record) if record else open_for_evaluation(data, split, config.get("train_data"))
     split = _chosen_split(dataset, split)
+    dataset.log()
+    logger.info("evaluating on %s, %d images", split, len(dataset.splits[split]))
     names = list(config.get("label_names") or dataset.classes)
     if len(names) != model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes without names, but the data has {len(names)}")
@@ -141,19 +159,6 @@ def evaluate_model(
 
     forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
     return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
-
-
-def _trained_on(model: nn.Module, data: DataConfig) -> Dataset | None:
-    """The data split as for the model's training, if it is what the model was trained on; its val was held out then."""
-    trained_on = model.pretrained_cfg.get("train_data") or {}
-    if "split_seed" not in trained_on or not data.name.startswith("folder:"):
-        return None
-    split = {name: trained_on[name] for name in ("val_fraction", "split_seed")}
-    dataset = open_dataset(replace(data, **split))
-    if dataset.splits["train"].sha256 != trained_on["splits"].get("train"):
-        return None
-    logger.info("%s: the model was trained on a part of it; evaluated on the part that was held out", data.name)
-    return dataset
 
 
 def _chosen_split(data: Dataset, split: str) -> str:

@@ -55,7 +55,7 @@ def build_model(recipe: Recipe, data: Dataset) -> nn.Module:
         model = timm.create_model(config.name, num_classes=len(data.classes), pretrained_cfg_overlay=noted, **args)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{config.name} cannot be built with {args}: {error}") from error
-    cast(dict, model.pretrained_cfg)["train_data"] = data.origin(recipe.data)
+    cast(dict, model.pretrained_cfg)["train_data"] = data.train_data
     return model.to(memory_format=_layout(recipe))  # which what it computes follows
 
 

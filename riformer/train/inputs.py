@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from riformer.config import Recipe
 from riformer.data.batches import eval_batches, preprocessing
 from riformer.data.dataset import Dataset, ImageList
-from riformer.data.leaks import seen_in_training
 from riformer.data.orders import ORDERS, top1_in_order
 from riformer.distill.cache import fingerprint
 from riformer.distill.teachers import Ensemble, Teacher, class_names
@@ -56,30 +54,6 @@ def record_inputs(run: Run, training: Training) -> None:
             f"{', '.join(changed)} changed since {run.path} began, whose training would go on with other weights: "
             f"restore the file, or train into another --out"
         )
-
-
-def check_leaks(recipe: Recipe, data: Dataset) -> None:
-    """Looks whether the runs behind teachers and start were trained on images that this run is judged on.
-
-    A teacher's own accuracy on them then says too much, which is only said. A start would carry them into the student.
-
-    Raises:
-        ValueError: the start was trained on them.
-    """
-    references = dict.fromkeys((*recipe.distill.logit_teachers, recipe.distill.module_teacher, recipe.model.start))
-    for reference in references:
-        folder = Path(reference.removeprefix("local-dir:"))
-        record = next((Run(place).read("data.json") for place in (folder, folder.parent) if Run(place).exists()), None)
-        if not reference or reference == "own" or record is None:
-            continue
-        if leaked := seen_in_training(data, record):
-            text = (
-                f"{reference} was trained on {len(leaked):,} of the images that this run is validated or tested on, "
-                f"such as {leaked[0]}"
-            )
-            if reference == recipe.model.start:
-                raise ValueError(f"{text}: start from a run with the same split, or give the data a val folder")
-            logger.warning("%s: its accuracy on them says little", text)
 
 
 def _weights_file(reference: str) -> Path | None:

@@ -14,9 +14,10 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from riformer.config import Recipe, check
+from riformer.config import Recipe, check, to_dict
 from riformer.data.batches import TrainBatches, TrainPart, eval_batches, preprocessing
 from riformer.data.dataset import Dataset, open_dataset
+from riformer.data.leaks import check_leaks
 from riformer.distill.imitation import fit_affines
 from riformer.distill.objective import imitation_scale
 from riformer.distill.teachers import Teacher
@@ -34,7 +35,7 @@ from riformer.train.distributed import (
     share_buffers,
 )
 from riformer.train.evaluate import evaluate
-from riformer.train.inputs import check_leaks, check_teachers, record_inputs
+from riformer.train.inputs import check_teachers, record_inputs
 from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
 from riformer.train.step import LogitLookup, autocast, build, step
@@ -73,7 +74,12 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
             context.enter_context(full_float32())
         run = Run(folder)
         data = _open(recipe, run, group, context)
-        check_leaks(recipe, data)
+        if group[0] == 0:
+            data.log()
+        if not run.metrics():
+            distill = recipe.distill
+            trusted = {*distill.logit_teachers} - {distill.module_teacher} if distill.trust_teacher else set()
+            check_leaks(data, [recipe.model.start, *distill.logit_teachers, distill.module_teacher], trusted)
         if recipe.distill.trains_teacher:
             teacher, teacher_run = teacher_recipe(recipe), Run(run.path / "teacher")
             if not teacher_run.metrics():
@@ -90,13 +96,12 @@ def _open(recipe: Recipe, run: Run, group: Group, context: ExitStack) -> Dataset
     with main_process_first(rank):
         if rank == 0:
             context.enter_context(run.locked())
-            run.begin(recipe, world_size)
+            run.begin(recipe, world_size, moving=True)
         record = run.read("data.json")
         data = open_dataset(recipe.data, record)
-        if rank == 0:
-            if record is None:
-                run.write("data.json", data.record())
-            run.moved(recipe)
+        if rank == 0 and (record is None or run.recipe().data != recipe.data):  # new, or moved with equal content
+            run.write("data.json", data.record())
+            run.write("recipe.json", to_dict(recipe))
     return data
 
 

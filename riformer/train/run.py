@@ -22,7 +22,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 
 from riformer.atomic import flush, previous, recover, replace_file, replace_folder, write_errors, write_text
-from riformer.config import Recipe, from_dict, reset_unused, to_dict, upgrade
+from riformer.config import MOVABLE, Recipe, from_dict, reset_unused, to_dict, upgrade
 from riformer.machine import environment
 
 try:
@@ -54,21 +53,19 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def exists(self) -> bool:
-        """Whether a training has begun here."""
-        return (self.path / "recipe.json").is_file()
-
-    def begin(self, recipe: Recipe, world_size: int) -> None:
+    def begin(self, recipe: Recipe, world_size: int, moving: bool = False) -> None:
         """Writes the recipe and the environment into a new folder, or checks that an existing run has this recipe.
 
-        A run that has not come as far as training anything makes way for one of another recipe. The data may lie
-        elsewhere than before: call `moved` once they are known to be the same.
+        A run that has not come as far as training anything makes way for one of another recipe. With `moving`, the
+        knobs in `MOVABLE` may differ.
 
         Raises:
             ValueError: the folder holds other files, or a run of another recipe; the message names the differences.
         """
         if (self.path / "recipe.json").exists():
-            differences = _differences(to_dict(_at_home(self.recipe())), to_dict(_at_home(recipe)))
+            differences = _differences(to_dict(self.recipe()), to_dict(recipe))
+            if moving:
+                differences = [line for line in differences if line.partition(":")[0] not in MOVABLE]
             trained = self.metrics() or any(
                 (self.path / name).exists() for name in ("last", "last.previous", "teacher")
             )
@@ -85,11 +82,6 @@ class Run:
             self.write("recipe.json", to_dict(recipe))
         if self.read("env.json") is None:
             self.write("env.json", environment(world_size))
-
-    def moved(self, recipe: Recipe) -> None:
-        """Writes down where the data are now, once they are known to be those of the run."""
-        if self.recipe() != recipe:
-            self.write("recipe.json", to_dict(recipe))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -274,12 +266,6 @@ class Run:
         """The folders of the saved states, the newest first."""
         last = self.path / "last"
         return [folder for folder in (recover(last), previous(last)) if folder.exists()]
-
-
-def _at_home(recipe: Recipe) -> Recipe:
-    """The recipe without what may change between two starts of a run: the place of its data, and who reads them."""
-    kind = "folder:" if recipe.data.name.startswith("folder:") else recipe.data.name
-    return replace(recipe, data=replace(recipe.data, name=kind, root="", num_workers=0))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,251 +1,300 @@
-"""Folders of images: which splits and classes are understood, what is left out, which images are held out."""
+"""A folder of images is opened as it is, or refused by name."""
 
 import json
 import logging
 import os
-import shutil
-import unicodedata
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from train.test_loop import losses, plain
+from image_folders import fill, names_of, opened, put, through_json
 
-import riformer
-from riformer import cli
 from riformer.config import DataConfig
-from riformer.data import dataset as dataset_module
 from riformer.data.dataset import open_dataset
-from riformer.data.leaks import seen_in_training
-from riformer.study.evaluation import evaluate_model
-from riformer.train.loop import train
-from riformer.walk import describe, find_images
+from riformer.data.scan import check_files
 
 
-def fill(folder: Path, names, count: int = 4, start: int = 0) -> Path:
-    """Class folders with images, each of its own content."""
-    for number, name in enumerate(names):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            color = (start + number, i, 7)
-            Image.new("RGB", (8, 8), color).save(folder / name / f"{i}.png")
-    return folder
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def opened(root: Path, **knobs):
-    return open_dataset(DataConfig(name=f"folder:{root}", **knobs))
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_folder_with_splits(tmp_path: Path, val: str) -> None:
+    fill(tmp_path / "train", {"dog": 3, "cat": 2, "eel": 1})
+    put(tmp_path / "train" / "cat" / "deep" / "er" / "x.PNG")
+    put(tmp_path / "train" / "cat" / ".hidden.png")
+    put(tmp_path / "train" / "cat" / ".git" / "a.png")
+    put(tmp_path / "train" / ".cache" / "a.png")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "labels.csv").write_text("not an image")
+    fill(tmp_path / val, {"eel": 2})  # lacks the first classes: labels must not shift
+    fill(tmp_path / "test", {"dog": 1, "cat": 1})
+    dataset = opened(tmp_path)
+    assert dataset.classes == ("cat", "dog", "eel")
+    assert dataset.splits["train"].labels == [0, 0, 0, 1, 1, 1, 2]
+    assert dataset.splits["train"].names[:3] == ["train/cat/00.png", "train/cat/01.png", "train/cat/deep/er/x.PNG"]
+    assert dataset.splits["val"].labels == [2, 2]
+    assert dataset.splits["val"].names == [f"{val}/eel/00.png", f"{val}/eel/01.png"]
+    assert dataset.splits["test"].labels == [0, 1]
+    assert dataset.left_out == {"with suffix .csv": 1, "with suffix .txt": 1, "hidden": 3}
+    assert dataset.splits["train"].read(3).getpixel((0, 0)) == (0, 0, 0)  # dog 0
+    assert dataset.splits["val"].read(1).size == (4, 4)
 
 
-@pytest.mark.parametrize(
-    "names", [[str(i) for i in range(1, 13)], ["ant", "Zebra", "bee"], ["img10", "img9", "IMG1"], ["a", "B", "c", "²"]]
-)
-def test_classes_are_in_timms_order(tmp_path, names):
-    fill(tmp_path, names, count=2)
-    names = [name for name in names if name != "²"]  # on which timm's key fails
-    if "²" not in os.listdir(tmp_path):
-        _, expected = find_images_and_targets(str(tmp_path))
-        assert opened(tmp_path).classes == tuple(sorted(expected, key=expected.get))
-    assert [name for name in opened(tmp_path).classes if name != "²"] == sorted(names, key=str.lower) or names[0] != "a"
+@pytest.mark.parametrize("base", [".", "train"])
+def test_split_is_drawn_by_class_and_seed(tmp_path: Path, base: str) -> None:
+    fill(tmp_path / base, {"a": 20, "b": 10, "c": 2})
+    dataset = opened(tmp_path, split_seed=0, val_fraction=0.25)
+    assert Counter(dataset.splits["val"].labels) == {0: 5, 1: 2, 2: 1}
+    assert Counter(dataset.splits["train"].labels) == {0: 15, 1: 8, 2: 1}
+    everything = dataset.splits["train"].names + dataset.splits["val"].names
+    assert len(set(everything)) == 32
+    assert names_of(opened(tmp_path, split_seed=0, val_fraction=0.25)) == names_of(dataset)
+    assert names_of(opened(tmp_path, split_seed=1, val_fraction=0.25)) != names_of(dataset)
 
 
-def test_a_record_of_another_order_is_refused(tmp_path):
-    fill(tmp_path, ["1", "2", "10"])
-    record = json.loads(json.dumps(opened(tmp_path).record()))
-    record["classes"] = ["1", "10", "2"]
-    for part in record["splits"].values():
-        part["images"] = {name: part["images"][name] for name in record["classes"]}
-    with pytest.raises(ValueError, match="has changed"):  # its digest is of the other order
-        open_dataset(DataConfig(name=f"folder:{tmp_path}"), record)
+def test_train_keeps_an_image_of_each_class(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 2, "b": 3})
+    assert Counter(opened(tmp_path, val_fraction=0.99).splits["train"].labels) == {0: 1, 1: 1}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("train", "val", "test"),
-        ("Train", "Val", "Test"),
-        ("TRAINING", "Validation", "testing"),
-        ("train", "dev", "tst"),
-    ],
-)
-def test_splits_are_known_in_any_case_and_by_their_usual_names(tmp_path, names):
-    for number, name in enumerate(names):
-        fill(tmp_path / name, ["cat", "dog"], start=10 * number)
-    data = opened(tmp_path)
-    assert data.classes == ("cat", "dog")
-    assert {split: len(images) for split, images in data.splits.items()} == dict.fromkeys(("train", "val", "test"), 8)
+def test_class_with_a_single_image(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 2, "rare": 1})
+    with pytest.raises(ValueError, match=r"class 'rare' has a single image, rare/00\.png"):
+        opened(tmp_path)
 
 
-def test_layouts_that_could_mean_two_things_are_refused(tmp_path):
-    for name in ("train", "cat", "dog"):  # a class called train?
-        fill(tmp_path / "flat", [name])
-    with pytest.raises(ValueError, match="named like a split but holds images itself: if it is a class, rename it"):
-        opened(tmp_path / "flat")
-    for name in ("train", "Training", "val"):
-        fill(tmp_path / "twice" / name, ["cat", "dog"])
-    with pytest.raises(ValueError, match="which all mean train; keep one"):
-        opened(tmp_path / "twice")
-    fill(tmp_path / "no" / "Validation", ["cat", "dog"])
-    with pytest.raises(ValueError, match="has Validation but no train"):
-        opened(tmp_path / "no")
+def test_test_folder_without_val(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 4, "b": 4})
+    fill(tmp_path / "test", {"a": 1})
+    assert {split: len(part) for split, part in opened(tmp_path).splits.items()} == {"train": 6, "val": 2, "test": 1}
 
 
-def test_what_is_left_out_is_said(tmp_path, caplog):
-    fill(tmp_path / "train", ["cat", "dog"])
-    fill(tmp_path / "train" / "@eaDir", ["cat"])
-    fill(tmp_path / "train" / "cat" / "@eaDir", ["thumbs"])
-    fill(tmp_path / "train" / ".hidden", ["x"])
-    fill(tmp_path / "unlabeled", ["x"])
-    (tmp_path / "train" / "cat" / "a.HEIC").touch()
-    (tmp_path / "train" / "cat" / "Thumbs.db").touch()
-    dataset_module._say_once.cache_clear()
-    with caplog.at_level(logging.INFO):
-        data = opened(tmp_path)
-    assert data.classes == ("cat", "dog")
-    assert data.left_out == {
-        "folders of the system": 2, "hidden folders": 1, ".heic": 1, "files of the system": 1,
-        "folders beside the splits": 1,
-    }  # fmt: skip
-    for text in ("6 train, 2 val images of 2 classes (cat, dog)", "2 folders of the system", "1 .heic", "unlabeled"):
-        assert text in caplog.text
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_class_that_train_lacks(tmp_path: Path, split: str) -> None:
+    fill(tmp_path / "train", {"a": 2, "b": 2})
+    fill(tmp_path / split, {"a": 1, "stranger": 1})
+    with pytest.raises(ValueError, match=f"classes in {split} of .* that train lacks: stranger"):
+        opened(tmp_path)
 
 
-def test_predict_finds_what_training_finds(tmp_path):
-    fill(tmp_path, ["cat", "dog"], count=2)
-    fill(tmp_path / "cat" / "@eaDir", ["x"])
-    fill(tmp_path / ".thumbs", ["x"])
-    (tmp_path / "dog" / "x.heic").touch()
-    (tmp_path / "more").symlink_to(fill(tmp_path.with_name("elsewhere"), ["linked"], count=1), target_is_directory=True)
-    (tmp_path / "dog" / "broken.png").symlink_to(tmp_path / "nowhere.png")
-    left_out: Counter[str] = Counter()
-    names = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path], left_out)]
-    assert names == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "dog/broken.png", "more/linked/0.png"]
-    assert describe(left_out) in (
-        "1 folders of the system, 1 hidden folders, 1 .heic",
-        "1 hidden folders, 1 folders of the system, 1 .heic",
-    )
+def test_folders_that_do_not_have_the_layout(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no folder .*missing"):
+        opened(tmp_path / "missing")
+    with pytest.raises(ValueError, match="there is no folder ''"):
+        open_dataset(DataConfig(name="folder:"))
+    with pytest.raises(ValueError, match="has no class folders"):
+        opened(tmp_path)
+    fill(tmp_path / "one", {"a": 2})
+    with pytest.raises(ValueError, match=r"has one class only \(a\)"):
+        opened(tmp_path / "one")
+    (tmp_path / "one" / "hollow").mkdir()
+    with pytest.raises(ValueError, match=r"class folder .*hollow has no images"):
+        opened(tmp_path / "one")
+    put(fill(tmp_path / "loose", {"a": 2, "b": 2}) / "x.png")
+    with pytest.raises(ValueError, match=r"has 1 images that lie in no class folder, such as x\.png"):
+        opened(tmp_path / "loose")
+    fill(tmp_path / "valonly" / "val", {"a": 2, "b": 2})
+    with pytest.raises(ValueError, match="has val but no train"):
+        opened(tmp_path / "valonly")
+    fill(tmp_path / "two" / "train", {"a": 2, "b": 2})
+    fill(tmp_path / "two" / "val", {"a": 2, "b": 2})
+    fill(tmp_path / "two" / "valid", {"a": 2, "b": 2})
+    with pytest.raises(ValueError, match="has train, val, valid; keep one"):
+        opened(tmp_path / "two")
 
 
-def test_names_that_look_the_same_are_one_class(tmp_path):
-    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
-    fill(tmp_path / "train", [composed, "tea"])
-    fill(tmp_path / "train", [decomposed], start=50)
-    fill(tmp_path / "val", [decomposed, "tea"], start=90)
-    data = opened(tmp_path)
-    assert data.classes == (composed, "tea")
-    assert Counter(data.splits["train"].labels) == {0: 8, 1: 4}
-    assert Counter(data.splits["val"].labels) == {0: 4, 1: 4}
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    fill(tmp_path / "data", {"a": 2, "b": 2})
+    put(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "data" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    dataset = opened(tmp_path / "data")
+    names = dataset.splits["train"].names + dataset.splits["val"].names
+    assert sorted(names) == ["a/00.png", "a/01.png", "a/more/x.png", "b/00.png", "b/01.png"]
 
 
-def test_copies_stay_on_one_side_whatever_the_seed(tmp_path):
-    fill(tmp_path, ["cat", "dog"], count=12)
-    for i in range(4):
-        for copy in range(3):
-            shutil.copy(tmp_path / "cat" / f"{i}.png", tmp_path / "cat" / f"copy-{i}-{copy}.png")
-    shutil.copy(tmp_path / "cat" / "5.png", tmp_path / "dog" / "cat5.png")
-    for seed in range(12):
-        data = opened(tmp_path, split_seed=seed, val_fraction=0.3)
-        train_contents, val_contents = (set(data.splits[split].contents) for split in ("train", "val"))
-        assert not train_contents & val_contents
-        assert len(data.splits["val"]) > 4
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folders_and_files_without_permission(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "a" / "00.png").chmod(0)
+    with pytest.raises(ValueError, match=r"a/00\.png: Permission denied"):
+        opened(tmp_path)
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(ValueError, match=r"cannot read folder .*b: Permission denied"):
+        opened(tmp_path)
+    tmp_path.chmod(0)
+    with pytest.raises(ValueError, match=r"cannot read folder .*: Permission denied"):
+        opened(tmp_path)
+    tmp_path.chmod(0o700)
+    (tmp_path / "b").chmod(0o700)
 
 
-def test_images_in_two_splits_or_classes_are_named(tmp_path, caplog):
-    fill(tmp_path / "train", ["cat", "dog"])
-    fill(tmp_path / "val", ["cat"])  # the same images
-    shutil.copy(tmp_path / "train" / "cat" / "3.png", tmp_path / "train" / "dog" / "odd.png")
-    opened(tmp_path)
-    assert "4 images are in several splits at once, such as train/cat/0.png, val/cat/0.png" in caplog.text
-    assert "1 images are in several classes at once" in caplog.text
+def spoil(root: Path) -> None:
+    """One file of every kind that cannot be read."""
+    (root / "a" / "empty.png").touch()
+    (root / "a" / "text.png").write_text("no image")
+    whole = put(root / "b" / "cut.png").read_bytes()
+    (root / "b" / "cut.png").write_bytes(whole[:45])
+    (root / "b" / "dangling.png").symlink_to(root / "nowhere.png")
 
 
-def test_the_split_does_not_follow_the_seed_of_the_training(tmp_path, image_folder):
-    recipe = plain(batch_size=20)
-    recipe = replace(recipe, data=replace(recipe.data, name=f"folder:{image_folder}"))
-    for seed in (0, 1):
-        train(replace(recipe, seed=seed), tmp_path / str(seed))
-    splits = [json.loads((tmp_path / str(seed) / "data.json").read_text())["splits"] for seed in (0, 1)]
-    assert splits[0] == splits[1]
-    assert losses(tmp_path / "0") != losses(tmp_path / "1")
+def test_bad_images_are_an_error_that_names_them(tmp_path: Path) -> None:
+    spoil(fill(tmp_path, {"a": 4, "b": 4}))
+    with pytest.raises(ValueError, match=r"4 of 12 images .* --data\.on-bad skip") as caught:
+        opened(tmp_path)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines[0] == "a/empty.png: the file is empty"
+    assert lines[1].startswith("a/text.png: not an image in a format that is read")
+    assert lines[2].startswith("b/cut.png: ")
+    assert lines[3] == "b/dangling.png: No such file or directory"
+    assert len(lines) == 4
 
 
-def test_a_start_that_was_trained_on_our_validation_images_is_refused(tmp_path, image_folder):
-    recipe = plain(batch_size=20)
-    data = replace(recipe.data, name=f"folder:{image_folder}")
-    train(replace(recipe, data=data), tmp_path / "first")
-    for seed, refused in ((0, False), (1, True)):
-        later = replace(
-            recipe, data=replace(data, split_seed=seed), model=replace(recipe.model, start=str(tmp_path / "first"))
-        )
-        if refused:
-            with pytest.raises(ValueError, match=r"first was trained on \d+ of the images that this run is validated"):
-                train(later, tmp_path / str(seed))
-        else:
-            train(later, tmp_path / str(seed))
-    record = json.loads((tmp_path / "first" / "data.json").read_text())
-    assert seen_in_training(open_dataset(data), record) == []
-    assert len(seen_in_training(open_dataset(replace(data, split_seed=1)), record)) > 3
+def test_at_most_twenty_bad_images_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 2, "b": 2})
+    for i in range(25):
+        (tmp_path / "a" / f"bad{i:02d}.png").touch()
+    with pytest.raises(ValueError, match="25 of 29 images") as caught:
+        opened(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[-1].strip() == "... and 5 more"
 
 
-def test_data_that_moved_resume_exactly_when_their_content_is_the_same(tmp_path, image_folder):
-    recipe = plain(epochs=2, batch_size=20)
-    recipe = replace(recipe, data=replace(recipe.data, name=f"folder:{image_folder}"))
-    train(recipe, tmp_path / "whole")
-
-    def stop(line):
-        if line["kind"] == "epoch":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "run", stop)
-    moved = tmp_path / "elsewhere" / "photos"
-    shutil.copytree(image_folder, moved)
-    shutil.move(image_folder, tmp_path / "gone")
-    assert cli.run("train", ["--resume", str(tmp_path / "run"), "--data.name", f"folder:{moved}"]) == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]["name"] == f"folder:{moved}"
-    (moved / "one" / "new.png").write_bytes(b"")  # what was added does not matter
-    Image.new("RGB", (12, 12), "red").save(next((moved / "zero").glob("*.png")))
-    with pytest.raises(ValueError, match="has changed since the run began"):
-        train(replace(recipe, data=replace(recipe.data, name=f"folder:{moved}")), tmp_path / "run")
+def test_bad_images_are_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path, {"a": 4, "b": 4})
+    clean = opened(tmp_path)
+    spoil(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        dataset = opened(tmp_path, on_bad="skip")
+    assert "left out 4 images" in caplog.text
+    assert names_of(dataset) == names_of(clean)
+    assert [entry["path"] for entry in dataset.skipped] == ["a/empty.png", "a/text.png", "b/cut.png", "b/dangling.png"]
+    assert dataset.skipped[0]["reason"] == "the file is empty"
+    record = through_json(dataset.record())
+    assert record["skipped"] == dataset.skipped
+    assert opened(tmp_path, record=record, on_bad="skip").record() == record
 
 
-def test_a_file_made_of_a_run_is_evaluated_on_what_was_held_out(tmp_path, image_folder, caplog):
-    recipe = plain(batch_size=20)
-    recipe = replace(recipe, data=replace(recipe.data, name=f"folder:{image_folder}", split_seed=5))
-    train(recipe, tmp_path / "run")
-    fused = riformer.save(riformer.fuse(riformer.load(tmp_path / "run")), tmp_path / "fused.safetensors")
-    held_out = len(open_dataset(recipe.data).splits["val"])
-    with caplog.at_level(logging.INFO):
-        result = evaluate_model(riformer.load(fused), DataConfig(name=f"folder:{image_folder}"))["fused"]
-    assert result.num_images == held_out < 60
-    assert "evaluated on the part that was held out" in caplog.text
-    Image.new("RGB", (12, 12)).save(image_folder / "one" / "another.png")  # other data: all of it
-    assert evaluate_model(riformer.load(fused), DataConfig(name=f"folder:{image_folder}"))["fused"].num_images == 61
+def test_class_of_which_nothing_is_left(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 4, "b": 4})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "empty.png").touch()
+    with pytest.raises(ValueError, match="none of the images in train of class c "):
+        opened(tmp_path, on_bad="skip")
 
 
-def test_an_interrupted_scan_keeps_what_it_checked(tmp_path, monkeypatch):
-    from riformer.data import folders
+def test_record_brings_the_same_split_back(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 10, "b": 10})
+    first = opened(tmp_path, split_seed=3)
+    record = through_json(first.record())
+    assert record["classes"] == ["a", "b"]
+    assert record["splits"]["val"]["num_images"] == 4
+    assert record["splits"]["val"]["images"]["b"] == [name for name in first.splits["val"].names if name[0] == "b"]
+    fill(tmp_path, {"a": 15, "aa": 5, "b": 10})  # more images, and a class between the two
+    with pytest.raises(ValueError, match=r"has changed since the run began .in train, val"):
+        opened(tmp_path, split_seed=3, record=record)  # fill has repainted class b
+    fill(tmp_path, {"a": 15, "b": 10})
+    again = opened(tmp_path, split_seed=99, record=record)
+    assert again.classes == ("a", "b")
+    assert names_of(again) == names_of(first)
+    assert again.record() == record
 
+
+def test_image_that_vanished_or_broke_since_the_record(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 4, "b": 4})
+    dataset = opened(tmp_path)
+    record = dataset.record()
+    gone = dataset.splits["train"].names[1]
+    content = (tmp_path / gone).read_bytes()
+    (tmp_path / gone).unlink()
+    with pytest.raises(ValueError, match=f"restore them:\n  {gone}: No such file"):
+        opened(tmp_path, record=record, on_bad="skip")
+    (tmp_path / gone).write_bytes(content[:45])
+    with pytest.raises(ValueError, match=f"restore them:\n  {gone}: "):
+        opened(tmp_path, record=record, on_bad="skip")
+    (tmp_path / gone).write_bytes(content)
+    assert opened(tmp_path, record=record).record() == record
+
+
+def test_checked_files_are_not_decoded_again_until_they_change(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 3, "b": 3})
+    path = tmp_path / "a" / "00.png"
+    before = opened(tmp_path).record()
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert opened(tmp_path).record() == before  # size and time say that it is the file of before
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"a/00\.png: not an image"):
+        opened(tmp_path)
+
+
+def index_of(cache: Path) -> Path:
+    (index,) = (cache / "riformer").iterdir()
+    return index
+
+
+def test_a_damaged_index_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "data", {"a": 3, "b": 3})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fill(tmp_path / "data", ["a", "b"], count=10)
-    monkeypatch.setattr(folders, "CHUNK", 1)
-    checked = []
+    before = opened(tmp_path / "data").record()
+    index = index_of(tmp_path / "cache")
+    whole = index.read_bytes()
+    for damaged in (b"[1, 2", b"", whole[:-20], whole[20:], b"\xff" + whole, whole.replace(b'"', b"'")):
+        index.write_bytes(damaged)
+        assert opened(tmp_path / "data").record() == before
+        assert len(known(index)) == 6
 
-    def check(path, real=folders._check_file):
-        if len(checked) == 10:
-            raise KeyboardInterrupt
-        checked.append(path)
-        return real(path)
 
-    monkeypatch.setattr(folders, "_check_file", check)
-    monkeypatch.setattr(folders.os, "cpu_count", lambda: 1)
-    with pytest.raises(KeyboardInterrupt):
-        opened(tmp_path / "data")
-    kept = len(checked)
-    checked.clear()
-    monkeypatch.setattr(folders, "_check_file", lambda path: (checked.append(path), (str(path), ""))[1])
-    opened(tmp_path / "data")
-    assert len(checked) == 20 - kept
+def known(index: Path) -> set[str]:
+    """The files that the next start does not check."""
+    names = set()
+    for line in index.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            names.add(json.loads(line)[0])
+    return names
+
+
+def test_an_index_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path / "data", {"a": 3, "b": 3})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = opened(tmp_path / "data").record()
+    index = index_of(tmp_path / "cache")
+    index.unlink()
+    index.mkdir()
+    assert opened(tmp_path / "data").record() == before
+    assert caplog.text.count("the next start checks all images again") == 1
+
+
+def test_an_interrupted_scan_keeps_what_it_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "data", {"a": 30, "b": 30})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.png"))
+    scan = """
+import os, sys
+from pathlib import Path
+from riformer.data import scan
+calls, check = [], scan._check_file
+def dying(path):
+    calls.append(path)
+    if len(calls) == 50:
+        os._exit(9)
+    return check(path)
+scan._check_file, scan.SAVE_SECONDS, scan.os.cpu_count = dying, 0.0, lambda: 1
+scan.check_files(Path(sys.argv[1]), sys.argv[2:])
+"""
+    process = subprocess.run([sys.executable, "-c", scan, str(tmp_path / "data"), *names], check=False)
+    assert process.returncode == 9
+    assert len(known(index_of(tmp_path / "cache"))) > 40
+    hashes, bad = check_files(tmp_path / "data", names)
+    assert (len(hashes), bad) == (60, {})
+    assert len(known(index_of(tmp_path / "cache"))) == 60
