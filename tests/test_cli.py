@@ -316,7 +316,9 @@ def test_publish_refuses_what_is_no_trained_run_or_has_no_such_form(run, tmp_pat
     message = fails(capsys, "publish", str(run / "teacher"), str(out))
     assert "mixes tokens (global_filter)" in message
     assert "publish its training form" in message
-    assert "--push OWNER/NAME, which was not given" in fails(capsys, "publish", str(run), str(out), "--private")
+    assert "--private has no effect without --push OWNER/NAME" in fails(
+        capsys, "publish", str(run), str(out), "--private"
+    )
     assert "must be OWNER/NAME" in fails(capsys, "publish", str(run), str(out), "--push", "name")
     assert not out.exists()
     assert cli.run("publish", [str(run / "teacher"), str(out), "--form", "training"]) == 0

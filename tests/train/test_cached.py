@@ -28,7 +28,7 @@ def teacher(tmp_path_factory) -> str:
     """A model folder; what an untrained network says of an image is as good as anything to learn."""
     pooling = changed(plain(), "model", mixer="pooling")
     torch.manual_seed(5)
-    model = build_model(pooling, SimpleNamespace(classes=tuple("0123456789")))
+    model = build_model(pooling, SimpleNamespace(classes=tuple("0123456789"), train_data={}))
     torch.nn.init.normal_(model.head.fc.weight)
     return str(riformer.save(model, tmp_path_factory.mktemp("teacher") / "model"))
 
@@ -36,7 +36,8 @@ def teacher(tmp_path_factory) -> str:
 def cached(teacher: str, top_k: int = 0, **optim) -> Recipe:
     """What could break a resume is on, but for mixing: every other draw, EMA, accumulation, bf16."""
     optim = {"epochs": EPOCHS, "precision": "bf16", "accumulation": 2, "ema_decay": 0.9, **optim}
-    distill = DistillConfig(teacher, label_weight=0.1, soft_weight=1.0, temperature=2.0, cache_augmentations=KEPT)
+    terms = dict(label_weight=0.1, soft_weight=1.0, temperature=2.0, cache_augmentations=KEPT)
+    distill = DistillConfig(teacher, **terms, trust_teacher=teacher != "own")
     research = ResearchConfig(cache_top_k=top_k)
     return dataclasses.replace(plain(**optim), distill=distill, model=tiny().model, research=research)
 
