@@ -9,7 +9,7 @@ block's moments are summed as well.
 Moments are of shifted values, x - K with K a token of the map: E[x^2] - E[x]^2 loses everything at a large common mean.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +69,15 @@ def network_weights(model: MetaFormer) -> NetworkWeights:
     """The weights of a RIFormer, training form or deploy form, as the collapsed form takes them.
 
     Raises:
-        ValueError: the model mixes tokens, or its head is not norm, average, classifier.
+        ValueError: the model is no MetaFormer, mixes tokens, or its head is not norm, average, classifier.
     """
-    if isinstance(model, MetaFormer) and (mixers := remaining_mixers(model)):
+    if not isinstance(model, MetaFormer):
+        raise ValueError(
+            f"the collapsed form takes a MetaFormer, not {type(model).__name__}: of a wrapped model (DDP, EMA, "
+            f"torch.compile) give the model inside; a features_only backbone can be fused instead, by "
+            f"timm.utils.reparameterize_model"
+        )
+    if mixers := remaining_mixers(model):
         raise ValueError(f"the model mixes tokens ({mixers}): only a RIFormer collapses into matrix products")
     folded = fold(model)
     head = folded.head
@@ -100,11 +106,10 @@ def _block_weights(block: nn.Module) -> BlockWeights:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel over the tokens of each sample, in float32 or wider.
+    """Mean and variance of each channel over the tokens of each sample, in x's type: float32 at least, or they are bad.
 
     Shape: [N, L, C] -> [N, C] and [N, C].
     """
-    x = x if x.dtype == torch.float64 else x.float()
     centre = x[:, :1]
     centred = x - centre
     mean = centred.mean(1)
@@ -145,14 +150,15 @@ class CollapsedBlock(nn.Module):
     def __init__(self, weights: BlockWeights, dtype: torch.dtype, eps: float):
         super().__init__()
         self.eps = eps
+        self.wide = torch.promote_types(dtype, torch.float32)
         for name, tensor in weights._asdict().items():
             # Choice: norms and fc2's bias stay in float32, as the coefficients are; products take `dtype`.
-            own = dtype if name in ("fc1_weight", "fc1_bias", "fc2_weight") else torch.promote_types(dtype, torch.float)
+            own = dtype if name in ("fc1_weight", "fc1_bias", "fc2_weight") else self.wide
             self.register_buffer(name, tensor.detach().to(own, copy=True).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
-        mean, var = moments(x)
+        mean, var = moments(x.to(self.wide))
         scale, shift, gain, offset, _ = (c.to(x.dtype)[:, None] for c in coefficients(mean, var, weights, self.eps))
         hidden = F.gelu(F.linear(x * scale + shift, self.fc1_weight, self.fc1_bias))
         return F.linear(hidden, self.fc2_weight) + (x * gain + offset)
@@ -174,7 +180,7 @@ class Collapsed(nn.Module):
     def __init__(self, model: MetaFormer, dtype: torch.dtype = torch.float32):
         super().__init__()
         weights = network_weights(model)
-        self.dtype, self.eps = dtype, weights.eps
+        self.dtype, self.wide, self.eps = dtype, torch.promote_types(dtype, torch.float32), weights.eps
         convs = [_conv(conv).to(dtype).to(memory_format=torch.channels_last) for conv in weights.convs]
         self.convs = nn.ModuleList(convs)
         blocks = [[CollapsedBlock(block, dtype, weights.eps) for block in stage] for stage in weights.stages]
@@ -182,17 +188,20 @@ class Collapsed(nn.Module):
         out_features, in_features = weights.head_weight.shape
         self.head = nn.Linear(in_features, out_features, device="meta")
         self.head.weight, self.head.bias = (nn.Parameter(w.clone(), False) for w in weights[2:4])
-        self.head.to(torch.promote_types(dtype, torch.float))
+        self.head.to(self.wide)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.to(self.dtype, memory_format=torch.channels_last)
+        x = images.to(self.dtype)  # the convolutions give channels last, as their weights are
         for conv, blocks in zip(self.convs, self.stages, strict=True):
             x = conv(x)
-            height, width = x.shape[2:]
             tokens = blocks(x.flatten(2).transpose(1, 2))
-            x = tokens.transpose(1, 2).unflatten(2, (height, width))
-        return self.head(normalised_mean(*moments(tokens), self.eps))
+            x = tokens.transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3]))
+        mean, var = moments(tokens.to(self.wide))
+        return self.head(normalised_mean(mean, var, self.eps))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("the collapsed form cannot be scripted: trace it, or script riformer.fuse(model)")
 
 
 def _conv(weights: ConvWeights) -> nn.Conv2d:

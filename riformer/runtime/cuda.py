@@ -4,14 +4,16 @@ This module imports triton, which comes with PyTorch for CUDA.
 """
 
 from collections import OrderedDict
-from threading import Lock
+from collections.abc import Callable
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from riformer.runtime import kernels
 from riformer.runtime.collapse import BlockWeights, NetworkWeights
+from riformer.runtime.opaque import OpaqueNetwork
 
 FUSED_WIDTH = 192
 """Channels up to which a block is one kernel: a tile's accumulator, all channels wide, must fit the registers."""
@@ -22,21 +24,26 @@ GRAPH_PIXELS = 8 * 224 * 224
 MAX_GRAPHS = 8
 
 
-class TritonNetwork(nn.Module):
+_HOST = RLock()
+"""Held while kernels are enqueued or captured: triton's autotuner serves one thread at a time."""
+
+
+class TritonNetwork(OpaqueNetwork):
     """A network on one GPU; on the CPU, in triton's interpreter.
 
-    Small batches are replayed from a CUDA graph, captured when their shape first comes. Calls with the same shape share
-    its buffers: each waits on the GPU until the one before has left them, whatever streams the two are on. All else
-    runs in any number of threads and streams at once. The GPU is that of the images.
+    Several threads may call it at once, on any streams. Small batches are replayed from a CUDA graph, captured when
+    their shape and type first come; calls with the same shape and type wait for each other on the GPU.
 
     Choice: the map between two blocks is in the precision of the products, half the traffic of float32.
 
     Shape: images [N, C, H, W] -> logits [N, K] in float32.
     """
 
+    backend = "triton"
+
     def __init__(self, weights: NetworkWeights, dtype: torch.dtype):
-        super().__init__()
-        self.dtype, self.eps = dtype, weights.eps
+        super().__init__(weights, dtype, weights.head_weight.device)
+        self.eps = weights.eps
         stem, *others = (conv.weight.detach() for conv in weights.convs)
         packed = [kernels.pack_reference(stem, dtype), *(weight.permute(0, 2, 3, 1).to(dtype) for weight in others)]
         self.convs = [
@@ -45,24 +52,19 @@ class TritonNetwork(nn.Module):
         ]
         self.stages = [[_in_types(block, dtype) for block in stage] for stage in weights.stages]
         self.head = (weights.head_weight.detach().float(), weights.head_bias.detach().float())
-        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
-        self._lock = Lock()
+        self._graphs = GraphCache(MAX_GRAPHS)
 
-    @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def compute(self, images: Tensor) -> Tensor:
+        if not images.numel():
+            return torch.empty(len(images), self.num_outputs, dtype=torch.float32, device=self.device)
         if not images.is_cuda:
             return self.launch(images)
-        with torch.cuda.device(images.device):  # kernels are launched on the current device
-            if images.shape[0] * images.shape[2] * images.shape[3] > GRAPH_PIXELS:
-                return self.launch(images)
-            with self._lock:
-                key = graph_key(images)
-                graph = self._graphs.pop(key, None) or _Graph(self, images)
-                self._graphs[key] = graph
-                if len(self._graphs) > MAX_GRAPHS:
-                    _, oldest = self._graphs.popitem(last=False)
-                    oldest.left.synchronize()  # its buffers go with it
-                return graph.replay(images)
+        with _HOST, torch.cuda.device(self.device):
+            num, _, height, width = images.shape
+            if num * height * width > GRAPH_PIXELS or torch.cuda.is_current_stream_capturing():
+                return self.launch(images)  # a caller's own graph records the kernels themselves
+            return self._graphs.graph_for(images, lambda: _Graph(self.launch, images)).replay(images)
 
     def launch(self, images: Tensor) -> Tensor:
         """Kernel by kernel, without a graph."""
@@ -111,33 +113,60 @@ def _in_types(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
     )
 
 
-def graph_key(images: Tensor) -> tuple:
-    """All of a batch that a captured graph depends on."""
-    return (*images.shape, *images.stride(), images.dtype, images.device)
+class GraphCache:
+    """Graphs by the shape and type of their images; the one whose use is longest ago makes room for a new one.
+
+    Args:
+        size: number of graphs kept.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._graphs: OrderedDict[tuple[torch.Size, torch.dtype], _Graph] = OrderedDict()
+
+    def graph_for(self, images: Tensor, capture: Callable[[], "_Graph"]) -> "_Graph":
+        """The graph for images of this shape and type, captured when they first come."""
+        key = (images.shape, images.dtype)
+        graph = self._graphs.pop(key, None) or capture()
+        self._graphs[key] = graph
+        if len(self._graphs) > self.size:
+            _, oldest = self._graphs.popitem(last=False)
+            oldest.wait()  # its buffers are freed with it
+        return graph
 
 
 class _Graph:
-    """One captured shape, with the buffers that it reads and writes."""
+    """The kernels of one call, captured, with the buffers that they read and write.
 
-    def __init__(self, network: TritonNetwork, images: Tensor):
-        self.images = images.clone(memory_format=torch.preserve_format)
-        self.left = torch.cuda.Event()  # after which the buffers are free again
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # tunes and compiles what the shape needs, which a capture must not
-            for _ in range(2):
-                network.launch(self.images)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = network.launch(self.images)
-        self.left.record()
+    Args:
+        launch: enqueues the kernels, from images to logits.
+        images: like those that will come.
+    """
+
+    def __init__(self, launch: Callable[[Tensor], Tensor], images: Tensor):
+        self._ended = torch.cuda.Event()
+        with torch.inference_mode(False), torch.no_grad():  # buffers that later calls may write in any mode
+            self.images = torch.empty_like(images, memory_format=torch.contiguous_format).copy_(images)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # tunes and compiles what the shape needs, which a capture must not
+                for _ in range(2):
+                    launch(self.images)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+                self.logits = launch(self.images)
 
     def replay(self, images: Tensor) -> Tensor:
-        """The logits of the images, on the caller's stream."""
-        torch.cuda.current_stream().wait_event(self.left)
+        """The logits, on the current stream, after the replay before on whatever stream it was."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._ended)
         self.images.copy_(images)
         self.graph.replay()
         logits = self.logits.clone()
-        self.left.record()
+        self._ended.record(stream)
         return logits
+
+    def wait(self) -> None:
+        """Returns when the last replay has ended."""
+        self._ended.synchronize()

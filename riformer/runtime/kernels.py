@@ -211,7 +211,7 @@ def moments(x: Tensor, num_tokens: int) -> Tensor:
 
 def moments_reference(x: Tensor, num_tokens: int) -> Tensor:
     """The same in PyTorch."""
-    return torch.stack(collapse.moments(x.unflatten(0, (-1, num_tokens))), 1)
+    return torch.stack(collapse.moments(x.float().unflatten(0, (-1, num_tokens))), 1)
 
 
 @triton.jit

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from riformer.caches import cache_folder
 from riformer.runtime.collapse import NetworkWeights
+from riformer.runtime.opaque import OpaqueNetwork
 
 
 class InstructionSet(NamedTuple):
@@ -69,8 +70,8 @@ def supported() -> tuple[str, ...]:
     return tuple(name for name, kind in INSTRUCTION_SETS.items() if flags.issuperset(kind.needs))
 
 
-def choose(precision: str) -> tuple[str, str]:
-    """Instruction set and products for a precision: those asked for, or float32's, which are closer than any other.
+def best_products(precision: str) -> tuple[str, str]:
+    """The best instruction set of this machine, and the products for a precision: its own, or else float32's.
 
     Raises:
         UnavailableError: the processor has none of the instruction sets.
@@ -116,9 +117,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "new": (pointer, [ctypes.c_char_p]),
-        "add_conv": (None, [pointer] * 3 + [number] * 5),
-        "add_block": (None, [pointer, ctypes.POINTER(pointer), number]),
-        "set_head": (None, [pointer] * 3 + [number, ctypes.c_float]),
+        "add_conv": (number, [pointer] * 3 + [number] * 5),
+        "add_block": (number, [pointer, ctypes.POINTER(pointer), number]),
+        "set_head": (number, [pointer] * 3 + [number, ctypes.c_float]),
         "forward": (number, [pointer] * 3 + [number] * 4),
         "multiply_in_cache": (ctypes.c_double, [pointer] + [number] * 2),
         "delete": (None, [pointer]),
@@ -138,7 +139,7 @@ def products_in_cache(precision: str, repeats: int) -> float:
     Raises:
         UnavailableError: this machine has no products of that precision.
     """
-    instruction_set, products = choose(precision)
+    instruction_set, products = best_products(precision)
     if products != precision:
         raise UnavailableError(f"{instruction_set} has no products in {precision}")
     library = build(instruction_set)
@@ -146,28 +147,31 @@ def products_in_cache(precision: str, repeats: int) -> float:
     if not network:
         raise UnavailableError(f"the system grants no {products} products of {instruction_set}")
     try:
-        return library.riformer_multiply_in_cache(network, torch.get_num_threads(), repeats)
+        products_done = library.riformer_multiply_in_cache(network, torch.get_num_threads(), repeats)
+        _check(products_done < 0)
+        return products_done
     finally:
         library.riformer_delete(network)
 
 
-class NativeNetwork(nn.Module):
+class NativeNetwork(OpaqueNetwork):
     """A network built in native memory, run by all threads that torch is allowed (`torch.set_num_threads`).
 
-    Nothing changes from call to call, so several threads may call it at once. It has no gradients and cannot be traced:
-    `riformer.runtime.collapse.Collapsed` is the form for that.
+    Nothing changes from call to call, so several threads may call it at once. What cannot be done with it, such as
+    tracing and gradients, can be done with `riformer.runtime.collapse.Collapsed`.
 
     Shape: images [N, C, H, W] on the CPU -> logits [N, K] in float32.
 
     Raises:
         UnavailableError: this machine cannot build or run it.
+        MemoryError: the weights do not fit into memory.
     """
 
+    backend = "native"
+
     def __init__(self, weights: NetworkWeights, instruction_set: str, products: str, *more_flags: str):
-        super().__init__()
+        super().__init__(weights, torch.bfloat16 if products == "bf16" else torch.float32, torch.device("cpu"))
         self.instruction_set, self.products = instruction_set, products
-        self.in_chans, self.num_outputs = weights.convs[0].weight.shape[1], len(weights.head_bias)
-        self._geometry = [(conv.weight.shape[-1], conv.stride, conv.padding) for conv in weights.convs]
         self._library = library = build(instruction_set, *more_flags)
         self._network = library.riformer_new(products.encode())
         if not self._network:
@@ -177,40 +181,35 @@ class NativeNetwork(nn.Module):
             weight, bias = _floats(conv.weight, conv.bias)
             columns, in_chans, kernel, _ = weight.shape
             sizes = (columns, in_chans, kernel, conv.stride, conv.padding)
-            library.riformer_add_conv(self._network, weight.data_ptr(), bias.data_ptr(), *sizes)
+            _check(library.riformer_add_conv(self._network, weight.data_ptr(), bias.data_ptr(), *sizes))
             for block in blocks:
                 tensors = _floats(*block)
                 pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-                library.riformer_add_block(self._network, pointers, len(block.fc1_bias))
+                _check(library.riformer_add_block(self._network, pointers, len(block.fc1_bias)))
         weight, bias = _floats(weights.head_weight, weights.head_bias)
-        library.riformer_set_head(self._network, weight.data_ptr(), bias.data_ptr(), self.num_outputs, weights.eps)
+        head = (weight.data_ptr(), bias.data_ptr(), self.num_outputs, weights.eps)
+        _check(library.riformer_set_head(self._network, *head))
 
-    def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != self.in_chans or images.device.type != "cpu":
-            raise ValueError(
-                f"images are {list(images.shape)} on {images.device}; the native network takes "
-                f"[N, {self.in_chans}, H, W] on the CPU"
-            )
+    def compute(self, images: Tensor) -> Tensor:
         num, _, height, width = images.shape
-        if min(self._map_size(height), self._map_size(width)) < 1:
-            raise ValueError(f"images of {height} x {width} pixels are too small for this network")
         (pixels,) = _floats(images)
-        logits = torch.empty(num, self.num_outputs)
-        sizes = (num, height, width, torch.get_num_threads())
-        if num and self._library.riformer_forward(self._network, pixels.data_ptr(), logits.data_ptr(), *sizes):
-            raise MemoryError(f"no memory for {num} images of {height} x {width} pixels")
+        logits = torch.empty(num, self.num_outputs, dtype=torch.float32, device="cpu")
+        pointers, sizes = (pixels.data_ptr(), logits.data_ptr()), (num, height, width, torch.get_num_threads())
+        if num:
+            status = self._library.riformer_forward(self._network, *pointers, *sizes)
+            _check(status, f"{num} images of {height} x {width} pixels")
         return logits
-
-    def _map_size(self, size: int) -> int:
-        """Tokens that are left of so many pixels, along one side."""
-        for kernel, stride, padding in self._geometry:
-            size = (size + 2 * padding - kernel) // stride + 1
-        return size
 
     def extra_repr(self) -> str:
         return f"products={self.products!r}, instruction_set={self.instruction_set!r}"
 
 
 def _floats(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as C reads them."""
-    return [tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors]
+    """The tensors as C reads them: float32, in memory as they are indexed."""
+    return [tensor.detach().to("cpu", torch.float32).resolve_neg().contiguous() for tensor in tensors]
+
+
+def _check(status: int, what: str = "the native network") -> None:
+    """Raises MemoryError where a function of the library returns that there is no memory."""
+    if status:
+        raise MemoryError(f"no memory for {what}")

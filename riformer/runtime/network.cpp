@@ -122,13 +122,13 @@ struct NetworkOf : Network {
     constexpr long CACHE_BYTES = 40 * 1024;
     const long bytes = (P::row_size(2) - P::row_size(1)) * long(sizeof(T));  // of a row's group
     const int groups = CACHE_BYTES / ((P::ROWS + PANEL) * bytes);
+    const Vec one = Vec{} + 1;
+    auto a = array<T>(round_up(P::ROWS, 16) * P::row_size(groups));
+    for (int r = 0; r < P::ROWS; r++)
+      for (int k = 0; k < groups; k++) P::put(P::row(a.get(), r, groups) + k * P::GROUP, one, one);
+    Array<T> b(P::pack(std::vector<float>(PANEL * groups * 32, 1.0f).data(), PANEL, groups * 32));
 #pragma omp parallel num_threads(threads)
     {
-      const Vec one = Vec{} + 1;
-      auto a = array<T>(round_up(P::ROWS, 16) * P::row_size(groups));
-      for (int r = 0; r < P::ROWS; r++)
-        for (int k = 0; k < groups; k++) P::put(P::row(a.get(), r, groups) + k * P::GROUP, one, one);
-      Array<T> b(P::pack(std::vector<float>(PANEL * groups * 32, 1.0f).data(), PANEL, groups * 32));
       P::begin();
       for (int i = 0; i < repeats; i++)
         P::multiply(a.get(), P::ROWS, b.get(), 0, 1, groups, [](int, int, int, const float* out) {
@@ -139,8 +139,8 @@ struct NetworkOf : Network {
     return double(threads) * repeats * P::ROWS * PANEL * groups * 32;
   }
 
-  // Scratch memory of one call, kept for the next one.
-  enum { MAP, NEXT_MAP, COEFFICIENTS, SUMS, A, H, NUM_BUFFERS };
+  // Scratch memory of one call, kept for the next one. Threads allocate nothing: an exception could not leave them.
+  enum { MAP, NEXT_MAP, COEFFICIENTS, SUMS, A, H, EDGE, OFFSETS, NUM_BUFFERS };
   struct Workspace {
     long sizes[NUM_BUFFERS];  // bytes
     Array<char> buffers[NUM_BUFFERS];
@@ -294,10 +294,10 @@ struct NetworkOf : Network {
       const Product& product = stage.conv;
       const int out_width = stage.out(width), groups = product.groups;
       // The stem reads eight pixels at a time, from where they are in the image or from a copy of those at its edge.
-      const int line = round_up(stage.kernel, 8);
-      std::vector<float> edge(is_stem ? groups * 32 : 0);
-      std::vector<long> in_image(edge.size() / 8), in_edge(edge.size() / 8);
-      for (int i = 0; i < int(in_edge.size()); i++) {
+      const int line = round_up(stage.kernel, 8), eights = is_stem ? groups * 4 : 0;
+      float* edge = work.template get<float>(EDGE) + thread * eights * 8L;
+      long *in_image = work.template get<long>(OFFSETS) + thread * eights * 2L, *in_edge = in_image + eights;
+      for (int i = 0; i < eights; i++) {
         long x = i * 8L % line, y = i * 8L / line % stage.kernel, c = i * 8L / line / stage.kernel;
         in_image[i] = c < stage.in_chans ? (c * height + y) * width + x : 0;
         in_edge[i] = i * 8L;
@@ -309,12 +309,12 @@ struct NetworkOf : Network {
           T* to = P::row(a, r, groups);
           if (is_stem) {
             const float* from = input + sample * stage.in_chans * height * width;
-            const long* at = in_image.data();
+            const long* at = in_image;
             if (y0 >= 0 && y0 + stage.kernel <= height && x0 >= 0 && x0 + line <= width) {
               from += long(y0) * width + x0;
             } else {
-              copy_pixels(stage, from, height, width, y0, x0, edge.data());
-              from = edge.data(), at = in_edge.data();
+              copy_pixels(stage, from, height, width, y0, x0, edge);
+              from = edge, at = in_edge;
             }
             for (int g = 0; g < groups; g++, at += 4, to += P::GROUP)
               P::put(to, joined(from + at[0], from + at[1]), joined(from + at[2], from + at[3]));
@@ -450,6 +450,9 @@ struct NetworkOf : Network {
     sizes[H] *= threads;
     sizes[COEFFICIENTS] = 4 * 4 * num * widest;
     sizes[SUMS] = 4 * 3 * threads * num * widest;
+    const long eights = stages[0].conv.groups * 4;
+    sizes[EDGE] = threads * eights * 8 * long(sizeof(float));
+    sizes[OFFSETS] = threads * eights * 2 * long(sizeof(long));
     std::unique_ptr<Workspace> work;
     {
       std::lock_guard<std::mutex> guard(idle_lock);
@@ -465,6 +468,16 @@ struct NetworkOf : Network {
   }
 };
 
+template <class Call>
+int status_of(Call call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 }  // namespace riformer
 
 extern "C" {
@@ -477,40 +490,39 @@ riformer::Network* riformer_new(const char* products) {
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
   if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return nullptr;
 #endif
-  if (!std::strcmp(products, "bf16")) return new NetworkOf<Amx<false>>;
-  if (!std::strcmp(products, "bf16x3")) return new NetworkOf<Amx<true>>;
+  if (!std::strcmp(products, "bf16")) return new (std::nothrow) NetworkOf<Amx<false>>;
+  if (!std::strcmp(products, "bf16x3")) return new (std::nothrow) NetworkOf<Amx<true>>;
 #elif defined(__AVX512BF16__)
-  if (!std::strcmp(products, "bf16")) return new NetworkOf<Bf16>;
+  if (!std::strcmp(products, "bf16")) return new (std::nothrow) NetworkOf<Bf16>;
 #endif
-  return std::strcmp(products, "fp32") ? nullptr : new NetworkOf<Fp32>;
+  return std::strcmp(products, "fp32") ? nullptr : new (std::nothrow) NetworkOf<Fp32>;
 }
 
+// The functions that allocate return 0, or 1 where there is no memory.
+
 // Layers come in the order of the network: a convolution, the blocks behind it, the next convolution, ...
-void riformer_add_conv(riformer::Network* net, const float* weight, const float* bias, int columns, int in_chans,
-                       int kernel, int stride, int padding) {
-  net->add_conv(weight, bias, columns, in_chans, kernel, stride, padding);
+int riformer_add_conv(riformer::Network* net, const float* weight, const float* bias, int columns, int in_chans,
+                      int kernel, int stride, int padding) {
+  return riformer::status_of([&] { net->add_conv(weight, bias, columns, in_chans, kernel, stride, padding); });
 }
-void riformer_add_block(riformer::Network* net, const float* const* tensors, int hidden) {
-  net->add_block(tensors, hidden);
+int riformer_add_block(riformer::Network* net, const float* const* tensors, int hidden) {
+  return riformer::status_of([&] { net->add_block(tensors, hidden); });
 }
-void riformer_set_head(riformer::Network* net, const float* weight, const float* bias, int columns, float eps) {
-  net->set_head(weight, bias, columns, eps);
+int riformer_set_head(riformer::Network* net, const float* weight, const float* bias, int columns, float eps) {
+  return riformer::status_of([&] { net->set_head(weight, bias, columns, eps); });
 }
 
 // images [num, in_chans, height, width] -> logits [num, columns of the head].
 int riformer_forward(riformer::Network* net, const float* images, float* logits, int num, int height, int width,
                      int threads) {
-  try {
-    net->forward(images, logits, num, height, width, threads);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  return riformer::status_of([&] { net->forward(images, logits, num, height, width, threads); });
 }
 
-// Multiply-accumulates done in the first-level cache; whoever calls takes the time.
+// Multiply-accumulates done in the first-level cache, which the caller times; -1 where there is no memory.
 double riformer_multiply_in_cache(riformer::Network* net, int threads, int repeats) {
-  return net->multiply_in_cache(threads, repeats);
+  double count = -1;
+  riformer::status_of([&] { count = net->multiply_in_cache(threads, repeats); });
+  return count;
 }
 
 void riformer_delete(riformer::Network* net) { delete net; }

@@ -1,20 +1,23 @@
 """A RIFormer made as fast as the machine allows: `riformer.optimize(model, example, precision="bf16")`.
 
 Training form or deploy form goes in; what comes out computes the same in collapsed form (`runtime/collapse.py`), by the
-kernels that fit the example's device, and has been checked on the example.
+kernels for the example's device, and has been compared with the model on the example.
 """
 
 import logging
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
-from typing import Any
+from itertools import chain
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from riformer.model.metaformer import MetaFormer
 from riformer.runtime.collapse import Collapsed, network_weights
-from riformer.runtime.native import NativeNetwork, UnavailableError, choose
+from riformer.runtime.native import NativeNetwork, UnavailableError, best_products
+from riformer.runtime.opaque import OpaqueNetwork
 from riformer.runtime.parity import ParityReport, compare
 
 logger = logging.getLogger(__name__)
@@ -23,186 +26,150 @@ DTYPES = {
     **{"fp64": torch.float64, "fp32": torch.float32, "bf16x3": torch.float32},
     **{"bf16": torch.bfloat16, "fp16": torch.float16},
 }
-"""What PyTorch's products take in each precision; moments and coefficients are in float32 at least."""
+"""What PyTorch's products multiply in each precision; moments and coefficients are in float32 at least."""
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "bf16x3": 5e-4, "bf16": 0.1, "fp16": 0.1}
-"""Largest difference from the model, relative to its largest logit, with which a runtime is handed out."""
+"""Largest difference from the model, relative to its largest logit, that `optimize` accepts."""
 
 BACKENDS = {
     "native": ("fp32", "bf16x3", "bf16"),
     "triton": ("fp32", "bf16", "fp16"),
     "portable": tuple(DTYPES),
 }
-"""What can run the collapsed form, and in which precisions; the fast ones first."""
+"""What can run the collapsed form, and the precisions of each; the fast ones first."""
 
 DEVICES = {"native": ("cpu",), "triton": ("cuda",)}
-"""Where a backend runs; the portable one runs everywhere."""
+"""The devices of each backend; the portable one runs on all."""
 
 
 class Runtime(nn.Module):
-    """What `optimize` returns: a model for inference, without state, which several threads may call at once.
+    """What `optimize` returns: a network that is only run, by several threads at once if need be.
 
-    It carries the class names and the preprocessing of its model, so that `predict` and `evaluate` take it as they take
-    the model. Native and Triton runtimes compute outside of PyTorch: they have no gradients, and cannot be traced,
-    exported, moved or saved, and say so. A child that is forked after a native runtime has run on several threads hangs
-    if it calls it, as it would with PyTorch's own operations.
+    `riformer.runtime.predict.predict` and the evaluations take it as they take a model. It stays in the precision that
+    it was made in. A native or triton one also stays on its device, gives no gradients and can be neither traced nor
+    pickled (see `OpaqueNetwork`); a portable one is a module of plain PyTorch.
+
+    A process that called a native runtime on several threads must not be forked: the child would hang at its first
+    call, as it does with PyTorch's own operators. Start such processes with "spawn" or "forkserver".
 
     Attributes:
         network: the collapsed form on its backend.
         backend: "native", "triton" or "portable".
-        precision: the precision that is computed in.
-        requested_precision: the one asked for; what is computed is at least as close.
+        precision: the one that products are computed in.
+        requested_precision: the one asked for, which may be narrower.
+        instruction_set: of the native backend, such as "avx512_bf16"; else "".
         parity: how far the example's logits are from the model's.
-        pretrained_cfg: preprocessing and class names, as timm's models have them.
-        device: where images must be.
-        dtype: type of the images.
+        pretrained_cfg: the model's, with its preprocessing and, where it has them, class names.
+        num_classes: number of logits; 0 where the network returns pooled features.
 
     Shape: images [N, C, H, W], any N, H and W -> logits [N, K] in float32 (in float64 for the precision fp64).
     """
 
     def __init__(
-        self, network: nn.Module, backend: str, requested_precision: str, parity: ParityReport, model: MetaFormer,
-        device: torch.device,
-    ):  # fmt: skip
+        self, network: nn.Module, backend: str, requested_precision: str, parity: ParityReport, model: MetaFormer
+    ):
         super().__init__()
-        self.network, self.backend, self.parity, self.device = network, backend, parity, device
+        self.network, self.backend, self.parity = network, backend, parity
         self.requested_precision = requested_precision
         self.precision = getattr(network, "products", requested_precision)
-        self.dtype = torch.float64 if requested_precision == "fp64" else torch.float32
-        self.pretrained_cfg: Any = dict(getattr(model, "pretrained_cfg", {}))
+        self.instruction_set = getattr(network, "instruction_set", "")
+        self.pretrained_cfg = deepcopy(getattr(model, "pretrained_cfg", {}))
         self.num_classes = model.num_classes
-        super().train(False)
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.backend != "portable":
-            _refuse_tracing(images, self.backend)
-            return _call(self.network, images)
         return self.network(images)
 
-    def extra_repr(self) -> str:
-        return f"backend={self.backend!r}, precision={self.precision!r}, requested={self.requested_precision!r}"
+    def train(self, mode: bool = True) -> Self:
+        """Changes nothing: a runtime computes what the model computes in eval mode."""
+        return super().train(False)
 
-    def train(self, mode: bool = True) -> "Runtime":
-        """Stays in eval mode, which is all that it has."""
-        return self
+    @property
+    def device(self) -> torch.device:
+        """Where it takes images."""
+        return self.network.device if isinstance(self.network, OpaqueNetwork) else next(self.buffers()).device
 
-    def _outside(self, what: str) -> None:
-        """Refuses what needs the weights in PyTorch.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of images that loses nothing; others are converted."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    @property
+    def engine(self) -> str:
+        """Backend, precision and instruction set in a few words, such as "native, fp32, avx512_bf16"."""
+        return ", ".join(filter(None, (self.backend, self.precision, self.instruction_set)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to(), .half() and .cuda() call.
 
         Raises:
-            RuntimeError: it is a native or a Triton runtime.
+            RuntimeError: it would change the precision, or move a network that cannot be moved.
         """
-        if self.backend != "portable":
+        dtype = DTYPES[self.precision]
+        if fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
             raise RuntimeError(
-                f"a {self.backend} runtime cannot be {what}: it was built for this process, device and precision. Save "
-                f"the model with riformer.save and call riformer.optimize again"
+                f"a runtime stays in its precision, {self.precision}: call riformer.optimize again with another one"
             )
+        return super()._apply(fn, recurse)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._outside("moved or cast")
-        return super()._apply(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._outside("asked for a state dict")
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._outside("given a state dict")
-        return super().load_state_dict(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self._outside("pickled")
-        return super().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: dict) -> "Runtime":
-        """A copy that shares the network, in which nothing ever changes; of a portable runtime, a full copy."""
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__dict__ = dict(self.__dict__) if self.backend != "portable" else deepcopy(self.__dict__, memo)
-        return copied
-
-    def __prepare_scriptable__(self) -> "Runtime":
-        self._outside("scripted")
-        return self
-
-
-@torch.compiler.disable
-def _call(network: nn.Module, images: Tensor) -> Tensor:
-    """The network outside of what torch.compile traces."""
-    return network(images)
-
-
-def _refuse_tracing(images: Tensor, backend: str) -> None:
-    """Refuses what would record or differentiate a network that PyTorch does not see.
-
-    Raises:
-        RuntimeError: `images` is not a plain tensor with values, a graph is being recorded, or a gradient is wanted.
-    """
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting() or type(images) not in (Tensor, nn.Parameter)
-    recorded = recorded or images.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(images)
-    if recorded or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        raise RuntimeError(
-            f"a {backend} runtime computes outside of PyTorch and cannot be traced, exported or transformed: give the "
-            f'deploy form, riformer.fuse(model), or riformer.optimize(..., backend="portable")'
-        )
-    if images.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"a {backend} runtime has no gradients: call it under torch.inference_mode(), or take riformer.fuse(model)"
-        )
-
-
-def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and type of the images that a model takes."""
-    if isinstance(model, Runtime):
-        return model.device, model.dtype
-    parameter = next(model.parameters())
-    return parameter.device, parameter.dtype
+    def extra_repr(self) -> str:
+        asked = "" if self.precision == self.requested_precision else f", asked for={self.requested_precision!r}"
+        return f"engine={self.engine!r}{asked}"
 
 
 @torch.no_grad()
 def optimize(model: MetaFormer, example: Tensor, precision: str = "fp32", backend: str = "auto") -> Runtime:
     """The model as a callable that computes the same, as fast as the example's device allows.
 
-    Choice: you get at least the precision that you ask for. A processor without bf16 products computes "bf16" in
+    Choice: the result is at least as precise as asked for. A processor without bf16 products computes "bf16" in
     float32, and one without AMX "bf16x3" as well: there float32's own products are both faster and closer.
 
     Args:
         model: a RIFormer in training form or deploy form, on any device; it stays as it was.
-        example: images as they will come, on the device on which they will: [N, C, H, W]. Others fit as well.
+        example: images of the kind and on the device that will be used: [N, C, H, W]. Other sizes can be given later.
         precision: "fp32"; "bf16"; "bf16x3", every value split into two bf16: nearly float32, by bf16's products;
             "fp16"; "fp64".
         backend: "native" (C++ on the CPU), "triton" (CUDA), "portable" (plain PyTorch, which torch.compile and
             torch.export take), or "auto": the first of them that this machine and the precision allow.
 
     Raises:
-        ValueError: the model mixes tokens; or no such precision, backend or combination exists.
+        ValueError: the model is no MetaFormer, or mixes tokens; or no such precision, backend or combination exists.
         RuntimeError: the backend asked for cannot run here, or what it computes is not what the model does.
     """
     device = example.device.type
-    for name, value, known in (("precision", precision, DTYPES), ("backend", backend, ("auto", *BACKENDS))):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(known)}")
-    fitting = [name for name in BACKENDS if precision in BACKENDS[name] and device in DEVICES.get(name, (device,))]
-    if backend not in ("auto", *fitting):
+    for name, value, allowed in (("precision", precision, DTYPES), ("backend", backend, ("auto", *BACKENDS))):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    possible = [name for name in BACKENDS if precision in BACKENDS[name] and device in DEVICES.get(name, (device,))]
+    if backend not in ("auto", *possible):
         raise ValueError(
-            f"the backend {backend!r} has no {precision} on {device}; this is what {', '.join(fitting)} have"
+            f"the backend {backend!r} has no {precision} on {device}; this is what {', '.join(possible)} have"
         )
     reference = deepcopy(model).eval().to(example.device, torch.float64 if precision == "fp64" else torch.float32)
-    for name in fitting if backend == "auto" else [backend]:
+    for name in possible if backend == "auto" else [backend]:
         try:
             network = _build(reference, name, precision)
             break
         except UnavailableError as error:
             if backend != "auto":
                 raise
-            _say_once(f"{error}; running in plain PyTorch instead")
+            _warn_once(f"{error}; running in plain PyTorch instead")
     parity = compare(lambda images: reference(images.to(next(reference.parameters()))), network, [example])
     if not parity.max_rel <= TOLERANCE[precision]:
         raise RuntimeError(
             f"{name} in {precision} is {parity.max_rel:.2g} of the largest logit away from the model, more than "
             f"{TOLERANCE[precision]:g}: the weights do not suit the precision, or this is a defect"
         )
-    return Runtime(network, name, precision, parity, model, example.device)
+    return Runtime(network, name, precision, parity, model)
+
+
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a network or runtime takes images, and in which type."""
+    if isinstance(model, Runtime):
+        return model.device, model.dtype
+    tensors = (tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point())
+    first = next(tensors, torch.empty(0))
+    return first.device, first.dtype
 
 
 def _build(model: MetaFormer, backend: str, precision: str) -> nn.Module:
@@ -214,9 +181,9 @@ def _build(model: MetaFormer, backend: str, precision: str) -> nn.Module:
     if backend == "portable":
         return Collapsed(model, DTYPES[precision])
     if backend == "native":
-        instruction_set, products = choose(precision)
+        instruction_set, products = best_products(precision)
         if products != precision:
-            _say_once(f"{precision} is computed in {products}: this processor has {instruction_set}")
+            _warn_once(f"{precision} is computed in {products}: this processor has {instruction_set}")
         return NativeNetwork(network_weights(model), instruction_set, products)
     try:
         from riformer.runtime.cuda import TritonNetwork
@@ -226,5 +193,5 @@ def _build(model: MetaFormer, backend: str, precision: str) -> nn.Module:
 
 
 @cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)

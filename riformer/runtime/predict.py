@@ -12,7 +12,7 @@ from torch import nn
 
 from riformer.images import read_image
 from riformer.preprocess import Preprocessing
-from riformer.runtime.optimize import optimize, placement
+from riformer.runtime.optimize import device_and_dtype, optimize
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def on_engine(model: nn.Module, engine: str = "auto") -> tuple[nn.Module, str]:
     """
     reason = ""
     if engine != "eager":
-        device, _ = placement(model)
+        device, _ = device_and_dtype(model)
         example = torch.randn(2, *Preprocessing.of_model(model).input_size, device=device)
         try:
             runtime = optimize(model, example, "fp32", engine)
-            return runtime, f"engine: {runtime.backend}, {runtime.precision}"
+            return runtime, f"engine: {runtime.engine}"
         except (ValueError, RuntimeError) as error:
             if engine != "auto":
                 raise
@@ -77,7 +77,7 @@ def predict(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     model.eval()
-    device, dtype = placement(model)
+    device, dtype = device_and_dtype(model)
     names = class_names(model)
     transform = Preprocessing.of_model(model).transform()
     images = iter(images)

@@ -5,6 +5,7 @@ import io
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
 NUM_SAMPLES = 30
+MAX_KEPT_BYTES = 2**28  # an evaluation goes over the images six times; a smaller split is read once
 SPEED_ROUNDS, SPEED_SECONDS = 15, 0.02  # how often the models take turns, and the length of a turn
 
 
@@ -64,8 +66,14 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     student = load(best).to(device)
     preprocessing, num_workers = Preprocessing.of_model(student), recipe.data.num_workers
 
-    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+    def read() -> Iterable[tuple[Tensor, Tensor]]:
         return eval_batches(images, preprocessing, BATCH_SIZE, num_workers)
+
+    is_small = 4 * len(images) * prod(preprocessing.input_size) <= MAX_KEPT_BYTES
+    kept = list(read()) if is_small else []
+
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        return kept or read()
 
     models = {"student": student, "deploy": deploy_form(student)}
     distill = replace(recipe.distill, module_teacher="", compile_teachers=False)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riformer.runtime.optimize import placement
+from riformer.runtime.optimize import device_and_dtype
 
 NO_PAIR = -1  # of an image without a prediction
 
@@ -53,7 +53,7 @@ def evaluate(
     Raises:
         ValueError: no process had an image.
     """
-    device, dtype = placement(model)
+    device, dtype = device_and_dtype(model)
     was_training = model.training
     model.eval()
     pairs = [torch.zeros(0, dtype=torch.int64, device=device)]  # true class * num_classes + predicted class

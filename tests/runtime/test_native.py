@@ -11,7 +11,7 @@ from tiny import images, randomised, tiny
 
 from riformer.runtime import native
 from riformer.runtime.collapse import network_weights
-from riformer.runtime.native import INSTRUCTION_SETS, NativeNetwork, UnavailableError, build, choose, supported
+from riformer.runtime.native import INSTRUCTION_SETS, NativeNetwork, UnavailableError, best_products, build, supported
 from riformer.runtime.parity import compare
 
 EMULATED = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
@@ -179,10 +179,10 @@ def test_a_precision_is_a_floor(monkeypatch):
         ("avx2", "bf16", "fp32"),
     ):
         monkeypatch.setattr(native, "supported", lambda best=best: (best,))
-        assert choose(precision) == (best, expected)
+        assert best_products(precision) == (best, expected)
     monkeypatch.setattr(native, "supported", lambda: ())
     with pytest.raises(UnavailableError, match="avx2 and fma"):
-        choose("fp32")
+        best_products("fp32")
 
 
 def test_every_instruction_set_compiles():

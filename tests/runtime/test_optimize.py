@@ -7,7 +7,7 @@ from torch import nn
 
 import riformer
 from riformer.runtime import native
-from riformer.runtime import optimize as runtime
+from riformer.runtime import optimize as optimizing
 from riformer.runtime.native import UnavailableError, supported
 from riformer.runtime.optimize import BACKENDS, optimize
 from riformer.runtime.parity import compare
@@ -17,7 +17,7 @@ HERE = [(b, p) for b, precisions in BACKENDS.items() for p in precisions if b !=
 
 @pytest.fixture(autouse=True)
 def said_anew():
-    runtime._say_once.cache_clear()
+    optimizing._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(("backend", "precision"), HERE)
@@ -49,7 +49,7 @@ def test_auto_takes_the_native_network_and_falls_back_once(monkeypatch, caplog):
     def unavailable(*_):
         raise UnavailableError("no compiler")
 
-    monkeypatch.setattr(runtime, "NativeNetwork", unavailable)
+    monkeypatch.setattr(optimizing, "NativeNetwork", unavailable)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert optimize(model, images()).backend == "portable"
@@ -76,7 +76,7 @@ def test_a_wrong_answer_is_not_handed_out(monkeypatch):
         def forward(self, batch):
             return torch.full((len(batch), 5), torch.nan)
 
-    monkeypatch.setattr(runtime, "Collapsed", Wrong)
+    monkeypatch.setattr(optimizing, "Collapsed", Wrong)
     with pytest.raises(RuntimeError, match="of the largest logit away"):
         optimize(randomised(tiny()), images(), backend="portable")
 
