@@ -29,7 +29,6 @@ from riformer.runtime.parity import compare, full_float32
 from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.run import Run
-from riformer.walk import describe as describe_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     data = open_dataset(recipe.data, run.read("data.json"))
     split = _chosen_split(data, "")
     images, num_classes = data.splits[split], len(data.classes)
-    left_out = f"; {describe_left_out(data.left_out)}" if data.left_out else ""
-    logger.info("evaluating on %s of %s, %d images%s", split, data.name, len(images), left_out)
+    logger.info("evaluating on %s of %s, %d images", split, data.name, len(images))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(best).to(device)
