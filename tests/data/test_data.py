@@ -644,27 +644,6 @@ def test_targets_are_one_hot_or_mixed(digits: Dataset) -> None:
         assert ((mixed > 0.01) & (mixed < 0.99)).any()
 
 
-@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-@pytest.mark.parametrize("divided", [{"world_size": 2}, {"accumulation": 4}, {"world_size": 2, "accumulation": 2}])
-def test_mixing_is_the_same_however_a_step_is_divided(digits: Dataset, mixing: dict, divided: dict[str, int]) -> None:
-    images = replace(some(digits, 32), labels=list(range(32)))
-    augment = replace(EVERYTHING, **{"mixup": 0.0, "cutmix": 0.0, **mixing})
-
-    def steps(rank: int = 0, **divided: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
-        batches = TrainBatches(images, 32, SMALL, augment, 0, 16, rank=rank, **divided)
-        return [{int(i): (x, y) for part in parts for x, y, i in zip(*part, strict=True)} for parts in batches.epoch(0)]
-
-    whole = steps()
-    shares = [steps(rank, **divided) for rank in range(divided.get("world_size", 1))]
-    for number, step in enumerate(whole):
-        union = {index: mixed for share in shares for index, mixed in share[number].items()}
-        assert union.keys() == step.keys()
-        for index, (image, target) in step.items():
-            torch.testing.assert_close(union[index][0], image, rtol=0, atol=0)
-            torch.testing.assert_close(union[index][1], target, rtol=0, atol=0)
-    assert len({float(step[index][1].max()) for step in whole for index in step}) > 1  # a draw for each step
-
-
 def test_batches_that_cannot_be_made(digits: Dataset) -> None:
     with pytest.raises(ValueError, match=r"--optim\.batch-size 64 is more than the 50 training images"):
         train_batches(digits, batch_size=64)
