@@ -17,6 +17,7 @@ from riformer.config import DataConfig
 from riformer.data.batches import eval_batches
 from riformer.data.dataset import Dataset, ImageList, open_dataset
 from riformer.data.leaks import open_for_evaluation
+from riformer.data.workers import dead_workers_explained
 from riformer.distill.teachers import describe
 from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
@@ -45,6 +46,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     return result
 
 
+@dead_workers_explained()
 @full_float32()
 def evaluation(path: str | Path) -> dict[str, Any]:
     """Accuracy, parity, size and speed of the best model of a run, and of its teacher.
@@ -119,6 +121,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     }
 
 
+@dead_workers_explained()
 @full_float32()
 def evaluate_model(
     model: nn.Module,
