@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,12 +243,48 @@ def test_predict_prints_a_table_or_json_lines(run, image_folder, capsys):
     assert probabilities == sorted(probabilities, reverse=True)
 
 
+def test_predict_says_which_engine_computes(run, image_folder, capsys):
+    image = str(next(image_folder.rglob("*.png")))
+    answers = {}
+    for engine in ("eager", "portable", "auto"):
+        assert cli.run("predict", [str(run), image, "--json", "--top-k", "10", "--engine", engine]) == 0
+        said = capsys.readouterr()
+        assert f"engine: {engine}" in said.err or engine == "auto"
+        assert "float32" in said.err or "fp32" in said.err
+        answers[engine] = [c["probability"] for c in json.loads(said.out)["classes"]]
+    for engine in ("portable", "auto"):
+        assert answers[engine] == pytest.approx(answers["eager"], abs=1e-4)
+    assert "mixes tokens" in fails(capsys, "predict", str(run / "teacher"), image, "--engine", "portable")
+    assert cli.run("predict", [str(run / "teacher"), image]) == 0
+    assert "engine: eager PyTorch" in capsys.readouterr().err
+
+
+def test_weights_that_overflow_answer_nothing(run, image_folder, tmp_path, capsys):
+    model = riformer.load(run)
+    with torch.no_grad():
+        model.head.fc.weight.fill_(3e38)  # NaN is refused where the file is read
+    riformer.save(model, tmp_path / "huge")
+    image = str(next(image_folder.rglob("*.png")))
+    assert "logits are not finite" in fails(capsys, "predict", str(tmp_path / "huge"), image, "--json")
+    assert "are not finite" in fails(capsys, "eval", str(tmp_path / "huge"), "--data", "digits")
+
+
+def test_an_evaluation_that_cannot_be_recorded_is_shown(run, tmp_path, capsys, caplog):
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "evaluation.json").unlink()
+    (copied / "evaluation.json").mkdir()
+    assert cli.run("eval", [str(copied)]) == 0
+    assert "the fuse changes logits by" in capsys.readouterr().out
+    assert "the evaluation is not recorded" in caplog.text
+
+
 def test_predict_reads_an_image_from_a_pipe(run, image_folder, capsys):
     image = next(image_folder.rglob("*.png"))
-    command = [sys.executable, "-m", "riformer", "predict", str(run), "-", "--json"]
+    options = ["--json", "--engine", "eager"]
+    command = [sys.executable, "-m", "riformer", "predict", str(run), "-", *options]
     piped = subprocess.run(command, input=image.read_bytes(), capture_output=True, check=True)
     from_pipe = json.loads(piped.stdout)
-    assert cli.run("predict", [str(run), str(image), "--json"]) == 0
+    assert cli.run("predict", [str(run), str(image), *options]) == 0
     assert json.loads(capsys.readouterr().out)["classes"] == from_pipe["classes"]
 
 

@@ -59,7 +59,7 @@ def predict_verb(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
     parser.add_argument("--batch-size", type=int, default=32, help="images computed at once")
     engines = Literal["auto", "eager", "native", "triton", "portable"]
-    engine_help = "what computes: auto takes the fastest that is here and takes the model; see docs/speed.md"
+    engine_help = "what computes: eager PyTorch, or a runtime of riformer.optimize (default: native where it helps)"
     parser.add_argument("--engine", type=engines, default="auto", help=engine_help)
     options = parser.parse_args(argv)
     piped = options.images == ["-"]
@@ -68,9 +68,10 @@ def predict_verb(argv: list[str]) -> int:
     images += files
     for problem in problems:
         errors.print(problem, soft_wrap=True)
-    with errors.activity("preparing the network; its code is compiled once on each machine"):
-        model, about = on_engine(deploy_form(load_model(options.model)), options.engine)
-    errors.print(about, soft_wrap=True)
+    model = deploy_form(load_model(options.model))
+    with errors.activity("preparing the network; the native one is compiled once on each machine"):
+        model, engine = on_engine(model, options.engine, len(images))
+    errors.print(engine, soft_wrap=True)
     predictions = predict(model, images, options.top_k, options.batch_size)
     failed = bool(problems)
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]

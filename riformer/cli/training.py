@@ -1,5 +1,6 @@
 """Verbs that train and evaluate."""
 
+import logging
 import os
 import re
 from dataclasses import replace
@@ -14,12 +15,15 @@ from riformer.cli.progress import TrainProgress
 from riformer.cli.recipe import RecipeOptions
 from riformer.cli.tables import print_evaluations, print_projections, print_runs
 from riformer.config import DataConfig
+from riformer.data.orders import read_class_names
 from riformer.measure.dryrun import dry_run
 from riformer.recipes import DEFAULT_RUNGS
 from riformer.study.evaluation import evaluate_model, evaluation
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.train.run import Run
 from riformer.walk import describe
+
+logger = logging.getLogger(__name__)
 
 
 def train(argv: list[str]) -> int:
@@ -100,12 +104,16 @@ def evaluate(argv: list[str]) -> int:
     for name in ("name", "root", "val_fraction", "split_seed", "on_bad", "num_workers"):
         default = "" if name == "name" else getattr(DataConfig(), name)
         parser.add_argument(f"--data.{name}", type=get_type_hints(DataConfig)[name], default=default, help="see train")
+    classes_help = (
+        "text file with the classes of a model that carries no names: one a line, in the order of its outputs"
+    )
+    parser.add_argument("--classes", type=str, default="", help=classes_help)
     options = parser.parse_args(argv)
     path, run = Path(options.model), Run(options.model)
     is_run = (path / "recipe.json").is_file()
     recipe = run.recipe() if is_run else None
     if recipe and not options.data.name:
-        if ignored := [argument for argument in argv if argument.startswith("--data.")]:
+        if ignored := [argument for argument in argv if argument.startswith(("--data.", "--classes"))]:
             raise ValueError(
                 f"{path} is evaluated on its own data, which {' '.join(ignored)} would change; add --data.name"
             )
@@ -113,8 +121,11 @@ def evaluate(argv: list[str]) -> int:
             if left_out := (run.read("data.json") or {}).get("left_out"):
                 errors.print(f"{recipe.data.name}: {describe(left_out)}", soft_wrap=True)
             measured = evaluation(path)
-            print_evaluations({recipe.name: [measured]}, main_console())  # first, as the run may be read-only
-            run.write("evaluation.json", measured)
+            print_evaluations({recipe.name: [measured]}, main_console())
+            try:
+                run.write("evaluation.json", measured)
+            except OSError as error:  # the run may be read-only
+                logger.warning("the evaluation is not recorded: %s", error)
             return 0
         data, origin = recipe.data, {"record": run.read("data.json")}
     elif recipe and options.data.name == recipe.data.name:  # of what it trained on, what it did not train on
@@ -125,7 +136,8 @@ def evaluate(argv: list[str]) -> int:
     else:
         raise ValueError(f"{path} is not a run folder, so it names no data: give --data.name")
     table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {data.name}")
-    for form, result in evaluate_model(load_model(path), data, options.split, **origin).items():
+    classes = read_class_names(options.classes, "--classes")
+    for form, result in evaluate_model(load_model(path), data, options.split, classes=classes, **origin).items():
         table.add_row(form, f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", str(result.num_images))
     console.print(table)
     return 0

@@ -5,7 +5,9 @@ class agree with what timm trained. torchvision's ImageFolder, and many scripts,
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -37,3 +39,18 @@ def top1_in_order(confusion: dict[int, dict[int, int]], classes: Iterable[str], 
         for output, count in row.items()
         if output < len(order) and order[output] == classes[true]
     )
+
+
+def read_class_names(file: str, option: str) -> tuple[str, ...]:
+    """The class names in a text file, one a line, in the order of a classifier's outputs; none where `file` is empty.
+
+    Raises:
+        ValueError: the file, which `option` of the command line names, cannot be read.
+    """
+    if not file:
+        return ()
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {file} cannot be read: {error}") from error
+    return tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())

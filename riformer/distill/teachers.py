@@ -208,13 +208,11 @@ def build_teacher(
 
 def _class_order(reference: str, model: nn.Module, classes: Sequence[str], stated: Sequence[str]) -> list[int]:
     """The model's output for each of the data's classes; empty where it has them in that order, or names none."""
-    names = list(class_names(model) or stated)
+    names = known_names(model, classes, stated)
     if stated and len(names) != model.num_classes:
         raise ValueError(
             f"--distill.teacher-classes has {len(names)} names, but {reference} {model.num_classes} outputs"
         )
-    if not names and model.num_classes == 1000 and set(classes) <= set(synsets := ImageNetInfo().label_names()):
-        names = list(synsets)
     if names == list(classes):
         return []
     if len(set(names)) == len(names) and set(classes) <= set(names):
@@ -238,6 +236,20 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
     """The class names that a model carries, in the order of its outputs; none where it carries none."""
     names = model.pretrained_cfg.get("label_names") or ()
     return tuple(unicodedata.normalize("NFC", str(name)) for name in names)
+
+
+def known_names(model: nn.Module, classes: Sequence[str], stated: Sequence[str] = ()) -> list[str]:
+    """The names of the model's outputs: its own, else the stated ones, else ImageNet's if the data's classes are those.
+
+    Args:
+        model: any network with `pretrained_cfg`.
+        classes: the data's.
+        stated: names of a model that carries none.
+    """
+    names = list(class_names(model) or stated)
+    if not names and model.num_classes == 1000 and set(classes) <= set(synsets := ImageNetInfo().label_names()):
+        return list(synsets)
+    return names
 
 
 def describe(model: nn.Module) -> str:

@@ -27,7 +27,13 @@ from riformer.runtime.opaque import OpaqueNetwork
 
 
 class InstructionSet(NamedTuple):
-    """What a processor must have, by Linux's flags; what the compiler is told; and which products there are."""
+    """An instruction set that network.cpp is compiled for.
+
+    Attributes:
+        needs: flags of a processor that has it, as /proc/cpuinfo has them.
+        compile_with: flags of the compiler.
+        products: precisions that it has products for.
+    """
 
     needs: tuple[str, ...]
     compile_with: tuple[str, ...]
@@ -61,7 +67,7 @@ class UnavailableError(RuntimeError):
 
 @cache
 def supported() -> tuple[str, ...]:
-    """The instruction sets of this machine, the best first; none but on Linux, which says what there is."""
+    """The instruction sets of this machine, the best first; none outside of Linux, whose /proc/cpuinfo is read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -92,28 +98,42 @@ def build(instruction_set: str, *more_flags: str) -> ctypes.CDLL:
     Raises:
         UnavailableError: there is no C++ compiler, or it fails.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
-    if not compiler[0]:
-        raise UnavailableError("the native network needs a C++ compiler: install g++, or name one in CXX")
-    command = [*compiler, *FLAGS, *INSTRUCTION_SETS[instruction_set].compile_with, *more_flags, str(SOURCES[0])]
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(repr((command, version)).encode() + b"".join(s.read_bytes() for s in SOURCES))
-        library = cache_folder() / f"native-{instruction_set}-{key.hexdigest()[:16]}.so"
+        command, library = _compilation(instruction_set, *more_flags)
         if not library.is_file():
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 beside = Path(folder) / library.name
                 subprocess.run([*command, "-o", str(beside)], capture_output=True, check=True)
                 beside.replace(library)
-        return _declared(ctypes.CDLL(str(library)))
+        return _with_signatures(ctypes.CDLL(str(library)))
     except subprocess.CalledProcessError as error:
         first_error = next((line for line in error.stderr.decode().splitlines() if "error" in line), error)
-        raise UnavailableError(f"{compiler[0]} does not compile the native network: {first_error}") from error
+        raise UnavailableError(f"{error.cmd[0]} does not compile the native network: {first_error}") from error
     except OSError as error:
         raise UnavailableError(f"the native network cannot be built or loaded: {error}") from error
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def is_compiled() -> bool:
+    """Whether this machine has the library of its best instruction set, so that no compiler has to run."""
+    try:
+        return bool(supported()) and _compilation(supported()[0])[1].is_file()
+    except (UnavailableError, OSError, subprocess.CalledProcessError):
+        return False
+
+
+def _compilation(instruction_set: str, *more_flags: str) -> tuple[list[str], Path]:
+    """The command without its output, and the file in which the library is kept."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
+    if not compiler[0]:
+        raise UnavailableError("the native network needs a C++ compiler: install g++, or name one in CXX")
+    command = [*compiler, *FLAGS, *INSTRUCTION_SETS[instruction_set].compile_with, *more_flags, str(SOURCES[0])]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(repr((command, version)).encode() + b"".join(s.read_bytes() for s in SOURCES))
+    return command, cache_folder() / f"native-{instruction_set}-{key.hexdigest()[:16]}.so"
+
+
+def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, with the types of its functions."""
     pointer, number = ctypes.c_void_p, ctypes.c_int
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "new": (pointer, [ctypes.c_char_p]),
@@ -132,9 +152,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def products_in_cache(precision: str, repeats: int) -> float:
-    """Computes products whose operands stay in the first-level cache, on all threads; returns multiply-accumulates.
+    """Computes products whose operands stay in the first-level cache, on all threads; returns the number of MACs.
 
-    With the time that it takes, this is the processor's peak: no network can be faster.
+    Divided by the time it takes, this is the processor's peak, which no network exceeds.
 
     Raises:
         UnavailableError: this machine has no products of that precision.

@@ -61,6 +61,7 @@ class Runtime(nn.Module):
         parity: how far the example's logits are from the model's.
         pretrained_cfg: the model's, with its preprocessing and, where it has them, class names.
         num_classes: number of logits; 0 where the network returns pooled features.
+        in_chans: channels of its images.
 
     Shape: images [N, C, H, W], any N, H and W -> logits [N, K] in float32 (in float64 for the precision fp64).
     """
@@ -74,7 +75,7 @@ class Runtime(nn.Module):
         self.precision = getattr(network, "products", requested_precision)
         self.instruction_set = getattr(network, "instruction_set", "")
         self.pretrained_cfg = deepcopy(getattr(model, "pretrained_cfg", {}))
-        self.num_classes = model.num_classes
+        self.num_classes, self.in_chans = model.num_classes, model.in_chans
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import base64
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from riformer.data.batches import eval_batches
 from riformer.data.dataset import Dataset, ImageList, open_dataset
 from riformer.data.leaks import open_for_evaluation
 from riformer.data.workers import dead_workers_explained
-from riformer.distill.teachers import describe
+from riformer.distill.teachers import class_names, describe, known_names
 from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
 from riformer.measure.latency import Spread, images_per_s
@@ -29,6 +29,7 @@ from riformer.preprocess import Preprocessing
 from riformer.runtime.parity import compare, full_float32
 from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
+from riformer.train.inputs import wrong_order
 from riformer.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     without the TF32 that GPUs else use for convolutions. The teacher is the logit teacher.
 
     Raises:
-        ValueError: no run there, or nothing trained yet.
+        ValueError: no run there, or nothing trained yet; logits that are not finite.
     """
     run = Run(path)
     recipe, best = run.recipe(), run.best()
@@ -86,7 +87,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     results: dict[str, Evaluation] = {}
     for name, model in models.items():
-        results[name] = evaluate(model, batches(), num_classes)
+        results[name] = _finite(evaluate(model, batches(), num_classes), name)
         rows[name] = {
             "name": describe(model),
             **{key: getattr(results[name], key) for key in ("top1", "top5", "loss")},
@@ -129,22 +130,26 @@ def evaluate_model(
     split: str = "",
     seed: int | None = None,
     record: dict[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> dict[str, Evaluation]:
     """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
 
-    The data's classes are found among the model's by name. A folder without splits on which the model was trained is
+    The data's classes are matched with the model's by name; those of a model without class names by their order, which
+    must then not be clearly worse than another usual order. A folder without splits on which the model was trained is
     split as in that training.
 
     Args:
-        model: as `load` gives it.
+        model: as `load` gives it, or what `riformer.optimize` returns.
         data: the data set.
         split: train, val or test; empty takes test, else val, and all images of a folder without splits, unless the
             model was trained on them.
         seed: of the split of a folder, instead of `data.split_seed`.
         record: the data.json of the run whose split it is.
+        classes: class names of a model that carries none, in the order of its outputs.
 
     Raises:
-        ValueError: the data has no such split, or a class that the model does not know.
+        ValueError: the data has no such split, or a class that the model does not know; the model's outputs seem to
+            mean the classes in another order; its logits are not finite.
     """
     config = model.pretrained_cfg
     preprocessing = Preprocessing.of_model(model)
@@ -155,11 +160,17 @@ def evaluate_model(
     split = _chosen_split(dataset, split)
     dataset.log()
     logger.info("evaluating on %s, %d images", split, len(dataset.splits[split]))
-    names = list(config.get("label_names") or dataset.classes)
+    if classes and class_names(model):
+        raise ValueError("class names are stated, but the model carries its own: leave --classes out")
+    known = known_names(model, dataset.classes, classes)
+    names = known or list(dataset.classes)
     if len(names) != model.num_classes:
-        raise ValueError(f"the model has {model.num_classes} classes without names, but the data has {len(names)}")
+        carried = (
+            f"classes, but {len(known)} names" if known else f"classes without names, but the data has {len(names)}"
+        )
+        raise ValueError(f"the model has {model.num_classes} {carried}; state its classes with --classes FILE")
     if unknown := sorted(set(dataset.classes) - set(names)):
-        raise ValueError(f"the model does not know the classes {unknown}; it knows {names}")
+        raise ValueError(f"the model does not know the classes {unknown[:5]}; it knows {', '.join(names[:20])}")
     own_index = torch.tensor([names.index(name) for name in dataset.classes])
 
     def batches() -> Any:
@@ -167,7 +178,25 @@ def evaluate_model(
         return ((x, own_index[y]) for x, y in images)
 
     forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
-    return {form: evaluate(m, batches(), len(names)) for form, m in forms.items()}
+    results = {form: _finite(evaluate(m, batches(), len(names)), form) for form, m in forms.items()}
+    measured = results["as saved"]
+    if not known and (problem := wrong_order(measured.confusion, dataset.classes, measured.num_images)):
+        raise ValueError(f"the model carries no class names, and {problem}. State its classes with --classes FILE")
+    return results
+
+
+def _finite(result: Evaluation, name: str) -> Evaluation:
+    """The result.
+
+    Raises:
+        ValueError: some logits were not finite, so that its accuracy says nothing.
+    """
+    if not result.finite:
+        raise ValueError(
+            f"{name}: the logits of {result.num_nonfinite} of {result.num_images} images are not finite; the weights "
+            f"are damaged"
+        )
+    return result
 
 
 def _chosen_split(data: Dataset, split: str) -> str:

@@ -1,10 +1,8 @@
 """What a recipe names, built: the student, its teachers, what is compared between them, objective and optimiser."""
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -16,6 +14,7 @@ from torch.optim import Optimizer
 from riformer.config import Recipe
 from riformer.data.batches import preprocessing
 from riformer.data.dataset import Dataset
+from riformer.data.orders import read_class_names
 from riformer.distill.imitation import Imitation, match_blocks
 from riformer.distill.objective import IMITATION, Objective
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
@@ -128,6 +127,7 @@ def build_teachers(
         ValueError: a teacher that cannot be read, or a logit teacher that does not know the classes `names`.
     """
     distill = recipe.distill
+    stated = read_class_names(distill.teacher_classes, "--distill.teacher-classes")
     built: dict[str, Teacher] = {}
     for reference in dict.fromkeys((*distill.logit_teachers, distill.module_teacher)):
         if reference:
@@ -135,21 +135,10 @@ def build_teachers(
             classes = names if reference in distill.logit_teachers else None
             built[reference] = build_teacher(
                 path, classes, recipe.data.mean, recipe.data.std, distill.teacher_img_size,
-                distill.compile_teachers, opened, _stated_classes(distill.teacher_classes),
+                distill.compile_teachers, opened, stated,
             ).to(device).to(memory_format=_layout(recipe))  # fmt: skip
     logit_teachers = [built[reference] for reference in distill.logit_teachers]
     module_teacher = built.get(distill.module_teacher)
     if len(logit_teachers) > 1:
         return Ensemble(logit_teachers, recipe.research.logit_teacher_weights).to(device), module_teacher
     return (logit_teachers[0] if logit_teachers else None), module_teacher
-
-
-def _stated_classes(file: str) -> tuple[str, ...]:
-    """The class names in a text file, one a line."""
-    if not file:
-        return ()
-    try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--distill.teacher-classes {file} cannot be read: {error}") from error
-    return tuple(unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip())

@@ -10,7 +10,7 @@ from tiny import images, tiny
 from riformer import cli
 from riformer.cli.tables import print_bench
 from riformer.export import engines as backends
-from riformer.export.engines import ENGINES, Backend
+from riformer.export.engines import ENGINES, Engine
 from riformer.measure import bench as module
 from riformer.measure.bench import Competitor, bench, competitors, measure, open_network, peak_mib
 from riformer.measure.cost import count_macs
@@ -19,7 +19,7 @@ from riformer.runtime.parity import compare
 
 QUICK = dict(batch_sizes=[2], img_sizes=[32], threads=[1], rounds=3, seconds=0.001, memory=False)
 BARS = {"fp32": 1e-5, "bf16x3": 5e-5, "bf16": 3e-2, "fp16": 3e-2, "int8": 0.2}
-ENGINES = [(name, p) for name, backend in ENGINES.items() for p in backend.precisions if "compile" not in name]
+PRECISIONS = [(name, p) for name, engine in ENGINES.items() for p in engine.precisions if "compile" not in name]
 
 
 def entries(*names):
@@ -31,7 +31,7 @@ def network():
     return open_network("riformer_micro:num_classes=7")
 
 
-@pytest.mark.parametrize(("name", "precision"), [*ENGINES, ("compile", "fp32"), ("compile-collapsed", "bf16")])
+@pytest.mark.parametrize(("name", "precision"), [*PRECISIONS, ("compile", "fp32"), ("compile-collapsed", "bf16")])
 def test_every_engine_computes_the_same(network, name, precision):
     for num in (1, 3):
         batch = images(num, 3, 32, 32)
@@ -46,7 +46,7 @@ def test_a_wrong_engine_shows_in_its_row(monkeypatch):
     def wrong(model, example, precision):
         return lambda batch: model(batch).roll(1, dims=1)
 
-    monkeypatch.setitem(ENGINES, "wrong", Backend(wrong, ("fp32",)))
+    monkeypatch.setitem(ENGINES, "wrong", Engine(wrong, ("fp32",)))
     rows = bench(entries("eager", "wrong"), **QUICK)["groups"][0]["rows"]
     assert rows[0]["max_rel"] < 1e-5
     assert rows[1]["max_rel"] > 0.1

@@ -131,3 +131,28 @@ def test_the_network_equals_the_training_form(dtype, dims):
         with torch.inference_mode():
             assert compare(model, lambda _, logits=logits: logits, [batch]).max_rel < BARS[dtype]
     torch.testing.assert_close(network(batch), logits, rtol=0, atol=0)  # to the bit
+    pixels = images(2, 3, 35, 22).mul(50).add(100).byte()
+    torch.testing.assert_close(network(pixels), network(pixels.float()), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="cannot see what the triton network computes"):
+        torch.jit.trace(network, batch)
+
+
+class Replayed:
+    """What stands for a graph here, where there are none: it knows whether its end was waited for."""
+
+    def __init__(self):
+        self.waited = False
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def test_graphs_are_kept_by_shape_and_type_and_freed_when_they_have_ended():
+    graphs = cuda.GraphCache(size=3)
+    batches = [images(1, 3, 32, 32), images(1, 3, 32, 32).byte(), images(2, 3, 32, 32), images(1, 3, 32, 48)]
+    first, second, third = (graphs.graph_for(batch, Replayed) for batch in batches[:3])
+    assert len({first, second, third}) == 3
+    assert graphs.graph_for(images(1, 3, 32, 32, seed=9), Replayed) is first
+    graphs.graph_for(batches[3], Replayed)
+    assert [graph.waited for graph in (first, second, third)] == [False, True, False]  # the longest unused
+    assert graphs.graph_for(batches[1], Replayed) is not second

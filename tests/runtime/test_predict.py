@@ -1,16 +1,13 @@
 """Parity and prediction."""
 
 import io
-import time
 
 import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 
 import riformer
-from riformer.preprocess import Preprocessing
 from riformer.runtime.native import supported
 from riformer.runtime.parity import compare
 from riformer.runtime.predict import class_names, on_engine, predict
@@ -98,17 +95,41 @@ def test_a_runtime_predicts_like_its_model_with_its_names_and_preprocessing(back
         assert dict(one.classes) == pytest.approx(dict(other.classes), abs=1e-4)
 
 
-def test_an_engine_is_chosen_and_named():
-    model, text = on_engine(small())
-    assert text.startswith("engine: native, fp32" if supported() else "engine: portable, fp32")
-    assert next(iter(predict(model, [png("red")]))).classes
+@pytest.mark.skipif(not supported(), reason="no native network here")
+def test_the_native_network_computes_unless_it_would_be_compiled_for_few_images(monkeypatch, tmp_path):
+    model = small()
+    with monkeypatch.context() as on_new_machine:
+        on_new_machine.setenv("XDG_CACHE_HOME", str(tmp_path))
+        same, text = on_engine(model, num_images=1)
+    assert same is model
+    assert text.startswith("engine: eager PyTorch, float32 (for so few images the native network is not compiled")
+    assert not list(tmp_path.rglob("*.so"))
+    native, text = on_engine(model, "native", num_images=1)
+    assert text.startswith("engine: native, fp32, ")
+    assert on_engine(model, num_images=1)[1] == on_engine(model)[1] == text  # it is compiled now
+    assert next(iter(predict(native, [png("red")]))).classes
+
+
+def test_what_the_runtime_does_not_take_is_computed_by_pytorch():
     mixing = timm.create_model("riformer_micro", mixer="pooling", num_classes=3).eval()
+    assert on_engine(small(), "eager")[1] == "engine: eager PyTorch, float32"
     model, text = on_engine(mixing)
     assert model is mixing
-    assert text.startswith("engine: eager PyTorch, fp32 (the model mixes tokens (pooling)")
-    assert on_engine(small(), "eager")[1] == "engine: eager PyTorch, fp32"
-    with pytest.raises(ValueError, match="mixes tokens"):
-        on_engine(mixing, "portable")
+    assert text.startswith("engine: eager PyTorch, float32 (the model mixes tokens (pooling)")
+    for network in (mixing, timm.create_model("resnet18", num_classes=3).eval()):
+        assert on_engine(network)[0] is network
+        assert len(next(iter(predict(network, [png("red")]))).classes) == 3
+        with pytest.raises(ValueError, match=r"mixes tokens|takes a MetaFormer"):
+            on_engine(network, "portable")
+
+
+def test_networks_that_predict_no_classes_are_refused():
+    with pytest.raises(ValueError, match="no classifier"):
+        list(predict(timm.create_model("riformer_micro", num_classes=0), [png("red")]))
+    with pytest.raises(ValueError, match="carries no preprocessing"):
+        list(predict(torch.nn.Flatten(), [png("red")]))
+    with pytest.raises(ValueError, match="carries 2 class names, but has 3 outputs"):
+        list(predict(small(label_names=["a", "b"]), [png("red")]))
 
 
 def test_logits_that_are_not_finite_name_no_class():
@@ -117,32 +138,3 @@ def test_logits_that_are_not_finite_name_no_class():
         model.head.fc.bias.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="logits are not finite"):
         list(predict(model, [png("red")]))
-
-
-CONFIGS = [
-    {}, {"interpolation": "bilinear"}, {"crop_mode": "squash"}, {"crop_mode": "border"}, {"crop_pct": 0.875},
-    {"input_size": (3, 24, 40)}, {"input_size": (3, 40, 24), "crop_pct": 0.9}, {"mean": (0, 0, 0), "std": (1, 1, 1)},
-    {"input_size": (3, 24, 40), "crop_mode": "squash", "interpolation": "bilinear"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_preprocessing_is_timms_for_what_the_model_says(config):
-    model = small(**{"crop_pct": 0.9, **config})
-    expected = create_transform(**resolve_model_data_config(model))
-    for size in ((50, 30), (30, 50), (17, 90), (200, 200)):
-        image = Image.effect_noise(size, 90).convert("RGB")
-        torch.testing.assert_close(Preprocessing.of_model(model).transform()(image), expected(image), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (3, 100_000)])
-def test_a_very_long_image_takes_no_more_than_its_middle(size):
-    transform = Preprocessing.of_model(timm.create_model("riformer_s12")).transform()
-    image = Image.new("RGB", size, "red")
-    edges = [0 if side < 9 else side // 4 for side in size]
-    image.paste("blue", (*edges, *(side - edge for side, edge in zip(size, edges, strict=True))))
-    began = time.monotonic()
-    pixels = transform(image)
-    assert pixels.shape == (3, 224, 224)
-    assert (pixels[2] > pixels[0]).all()  # blue, the middle
-    assert time.monotonic() - began < 5
