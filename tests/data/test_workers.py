@@ -143,7 +143,8 @@ def test_a_worker_that_hangs_is_an_error_and_ends(monkeypatch):
 
 def test_an_error_that_nobody_catches_ends_python_at_once():
     command = [sys.executable, "-c", FAILING]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as python:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT) as python:
         assert python.stdout.readline() == "raising\n"
         began = time.monotonic()
         errors = python.stderr.read()
