@@ -1,9 +1,9 @@
 """Published trainings on ImageNet-1k as recipes: RIFormer's, its teachers' and its baselines'.
 
-`--data.name` is a folder with train/ and val/, ./imagenet unless told otherwise. GFNet-H-B, the logit teacher, lies
-where only a browser gets it, linked from the README of raoyongming/GFNet: put it at ./gfnet-h-b.pth or name it with
-`--distill.logit-teacher timm:gfnet_h_b@FILE`. PoolFormer, the module teacher, is fetched by timm. `--nproc-per-node` is
-the number of GPUs; for less memory raise `--optim.accumulation`, for fewer GPUs too.
+`--data.name` is a folder with train/ and val/, by default ./imagenet. GFNet-H-B, the logit teacher, can only be
+downloaded in a browser, from the link in the README of raoyongming/GFNet: save it as ./gfnet-h-b.pth, or name it with
+`--distill.logit-teacher timm:gfnet_h_b@FILE`. timm downloads PoolFormer, the module teacher. `--nproc-per-node` is the
+number of GPUs; with fewer GPUs, or with less memory, raise `--optim.accumulation`.
 
 The costs are estimates on paper, for the GPU on which the paper measured throughput, made from published inference
 speeds by `gpu_hours` in riformer/measure/cost.py; `riformer train --recipe NAME --dry-run` measures your own. The

@@ -1,7 +1,7 @@
 """Images of a split -> batches that are pure functions of (seed, epoch, step), on any number of processes.
 
-Every draw has a seed of its own, and the global generators are restored after it; `augment.policy` warp draws from no
-generator.
+Each image is augmented under a seed of its own, each step is mixed under one, and the global generators are restored
+afterwards. The policy warp uses no generator.
 """
 
 import hashlib
@@ -50,12 +50,12 @@ def _seed_from(*keys: int) -> int:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize, whose strongest level asks Pillow to keep 0 bits: black, but Pillow 13 refuses."""
+    """timm's posterize; its strongest level keeps 0 bits, which is black, and which Pillow 13 refuses."""
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _mend_posterize(transform: Any) -> None:
-    """Gives the operations of this transform, and of no other, `_posterize` in place of timm's."""
+    """Replaces timm's posterize by `_posterize` in the operations of this transform; timm itself stays as it is."""
     for step in getattr(transform, "transforms", ()):
         _mend_posterize(step)
         policies = [getattr(step, "ops", ()), *(getattr(step, "policy", None) or ())]
@@ -104,7 +104,7 @@ TrainPart = tuple[Tensor, Tensor, Tensor]  # images, targets, and the indices of
 
 
 class _TrainParts:
-    """A part of a batch by its key (epoch, step, indices), and a pure function of it."""
+    """Parts of batches; each is a pure function of its key (epoch, step, indices)."""
 
     def __init__(
         self,
@@ -133,11 +133,11 @@ class _TrainParts:
         if self.warps:
             targets = F.one_hot(labels, self.num_classes).float()
             return torch.from_numpy(self.images.source[indices]), targets, torch.tensor(indices)
-        with seeded(self.seed, epoch):  # restores once, and each draw below has its own seed
+        with seeded(self.seed, epoch):  # restores the generators once; each draw below has its own seed
             images = torch.stack([self.augmented(epoch, index) for index in indices])
             if self.mixup is None:
                 return images, F.one_hot(labels, self.num_classes).float(), torch.tensor(indices)
-            _seed_generators(self.seed, epoch, step)  # not of the part: all of a step are mixed alike
+            _seed_generators(self.seed, epoch, step)  # not of the part: one draw for the whole step
             return *self.mixup(images, labels), torch.tensor(indices)
 
     def augmented(self, epoch: int, index: int) -> Tensor:
@@ -153,10 +153,10 @@ class TrainBatches:
     `accumulation` parts of each. Which images a step sees does not depend on how it is divided. Images at the end of
     an epoch's order that fill no batch are left out.
 
-    Images are augmented anew in every epoch; with `num_augmentations` above 0 they have so many augmentations, of which
-    epoch e takes number e mod `num_augmentations`. The order is a new one in every epoch all the same.
+    Images are augmented anew in every epoch. With `num_augmentations` above 0 each image has that many augmentations,
+    and epoch e uses number e mod `num_augmentations`; the order is still a new one in every epoch.
 
-    With the policy warp, whole parts are augmented on `device`, where they then are.
+    With the policy warp, whole parts are augmented on `device` and stay there.
 
     Raises:
         ValueError: the batch cannot be divided, there are fewer images than one batch, they cannot be warped, or the
@@ -250,12 +250,12 @@ class TrainBatches:
         left = self._order(epoch)[self.steps_per_epoch * self.batch_size :][self.rank :: self.world_size]
         starts = range(0, len(left), self.part_size)
         parts = [left[start : start + self.part_size] for start in starts]
-        full = [(part * self.part_size)[: self.part_size] for part in parts]  # a teacher's bits depend on the number
+        full = [(part * self.part_size)[: self.part_size] for part in parts]  # a teacher's last bits depend on n
         keys = [(epoch, self.steps_per_epoch, part) for part in full]
         return (self._finished(epoch, part) for part in load(self.parts, keys, self.num_workers))
 
     def _finished(self, epoch: int, part: TrainPart) -> TrainPart:
-        """The part, warped if that is the policy: by keys that depend on seed, epoch and index alone."""
+        """The part, warped if that is the policy. The keys depend on seed, epoch and index alone."""
         if self.augment.policy != "warp":
             return part
         images, targets, indices = part
@@ -274,7 +274,7 @@ class TrainBatches:
 
 
 class _EvalParts:
-    """A batch by its indices."""
+    """Batches of evaluation; the key of one is the range of its indices."""
 
     def __init__(self, images: ImageList, preprocessing: Preprocessing):
         self.images = images

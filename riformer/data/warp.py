@@ -1,7 +1,7 @@
-"""Augmentation of whole batches of small grey images on the device where they are, without a generator.
+"""Augmentation of whole batches of small grey images on the device that holds them, without a random generator.
 
-Every image is a pure function of its key: draws are hashes of key and count, so that neither the batch, the device's
-generator nor the order of the images matters.
+Every augmented image is a pure function of the image and its key. Random numbers are hashes of the key and a counter,
+so that the result depends neither on the other images of the batch nor on their order.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, as a signed integer: splitmix64's step
 
-# Choice: strengths at which a glyph stays readable for people, with some room.
+# Choice: strengths at which people still read a glyph easily.
 SCALE = (0.65, 1.1)
 ASPECT = 0.12  # of the logarithm
 ROTATION = 0.26  # radians
@@ -26,8 +26,7 @@ NOISE = 0.05
 def warp(images: Tensor, keys: Tensor, size: int) -> Tensor:
     """Random scale, aspect, rotation, shear, shift, background, contrast, inversion, gradient and noise.
 
-    The shift keeps what fills the middle of the image, as glyphs do, inside. Of two images with the same key, all draws
-    are the same.
+    A glyph in the middle of the image stays inside after the shift. Images with the same key get the same draws.
 
     Shape: images [N, H, W] of bytes, light on black; keys [N] int64 -> [N, size, size] in 0..1.
     """
@@ -76,7 +75,7 @@ def normals(keys: Tensor, count: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's mixing; products wrap around, and >> drags the sign along, which the masks cut off."""
+    """splitmix64's mixing. Products wrap around; >> copies the sign bit, and the masks clear the copies."""
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * -7723592293110705685
     return x ^ ((x >> 31) & (1 << 33) - 1)

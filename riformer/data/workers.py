@@ -53,9 +53,9 @@ def load(parts: Any, keys: list, num_workers: int) -> Iterator[Any]:
 def _from_workers(loader: DataLoader) -> Iterator[Any]:
     iterator: Any = iter(loader)
     for worker in iterator._workers:
-        worker.terminate = worker.kill  # torch's last resort, SIGTERM, is ignored by our workers
-    # An exception that nobody catches keeps this generator alive until Python exits, and then Python would wait for the
-    # workers forever.
+        worker.terminate = worker.kill  # for torch's shutdown; our workers ignore SIGTERM
+    # An exception that nobody catches keeps this generator alive until Python exits. multiprocessing would then send
+    # SIGTERM to the workers and wait for them forever, so they are shut down before.
     end = iterator._shutdown_workers
     atexit.register(end)
     try:
