@@ -9,10 +9,13 @@ The costs are estimates on paper, for the GPU on which the paper measured throug
 speeds by `gpu_hours` in riformer/measure/cost.py; `riformer train --recipe NAME --dry-run` measures your own. The
 accuracies are the published ones. This project has not yet reproduced them.
 
-Choices where the sources are silent: the weights of the terms and their fading, as in all recipes here; 20 epochs of
-warm-up for the long runs, as for networks of this kind at this batch size (sail-sg/metaformer), 5 for the short ones.
+RIFormer's learning rate, warm-up, gradient clipping, drop path and evaluation sizes are those of mmpretrain's configs.
+Choices: drop path is 0.1 in all sizes, as there, although PoolFormer's own trainings go up to 0.4; mixup and cutmix,
+which those configs lack, are PoolFormer's; the weights of the terms and their fading are as in all recipes here; the
+short runs warm up for 5 epochs.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe
@@ -33,7 +36,7 @@ PARADIGM = DistillConfig(
 
 
 def _images(size: str) -> DataConfig:
-    """Evaluated as in mmpretrain: resized to 248 px, or 236 for the M sizes, before the crop of 224."""
+    """Evaluated as in mmpretrain: resized to 248 px (M sizes: 236) and cropped to 224; at 384 px, to 426 (404)."""
     return DataConfig(name="folder:imagenet", crop_pct=0.949 if size.startswith("m") else 0.9, num_workers=8)
 
 
@@ -66,94 +69,33 @@ def _finetuned(size: str) -> Recipe:
     )
 
 
-def s12() -> Recipe:
-    """RIFormer-S12 on ImageNet-1k at 224 px, 600 epochs, from GFNet-H-B and PoolFormer-S12.
+# size: published top-1 and GPU-hours on paper, at 224 px and of the fine-tuning at 384 px
+RESULTS = {
+    "s12": ("76.90", "409", "78.29", "31"),
+    "s24": ("80.28", "580", "81.36", "49"),
+    "s36": ("81.29", "752", "82.22", "67"),
+    "m36": ("82.57", "979", "83.39", "91"),
+    "m48": ("82.75", "1,222", "83.70", "116"),
+}
 
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe s12.
-    Cost: 409 GPU-hours on paper. Expected: top-1 76.90, published. Source: mmpretrain, configs/riformer.
+
+def _published(size: str, img_size: int) -> Callable[[], Recipe]:
+    """The training of that size as a function that says its command, cost and result like all other recipes."""
+
+    def recipe() -> Recipe:
+        return _riformer(size) if img_size == 224 else _finetuned(size)
+
+    name, (top1, hours, top1_384, hours_384) = size.upper(), RESULTS[size]
+    about = f"RIFormer-{name} on ImageNet-1k at 224 px, 600 epochs, from GFNet-H-B and PoolFormer-{name}."
+    if img_size == 384:
+        about = f"RIFormer-{name} at 384 px: 30 more epochs after the recipe {size}, whose run is runs/{size}-seed0."
+        top1, hours = top1_384, hours_384
+    recipe.__doc__ = f"""{about}
+
+    Command: torchrun --nproc-per-node 8 -m riformer train --recipe {recipe().name}.
+    Cost: {hours} GPU-hours on paper. Expected: top-1 {top1}, published. Source: mmpretrain, configs/riformer.
     """
-    return _riformer("s12")
-
-
-def s24() -> Recipe:
-    """RIFormer-S24 on ImageNet-1k at 224 px, 600 epochs, from GFNet-H-B and PoolFormer-S24.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe s24.
-    Cost: 580 GPU-hours on paper. Expected: top-1 80.28, published. Source: mmpretrain, configs/riformer.
-    """
-    return _riformer("s24")
-
-
-def s36() -> Recipe:
-    """RIFormer-S36 on ImageNet-1k at 224 px, 600 epochs, from GFNet-H-B and PoolFormer-S36.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe s36.
-    Cost: 752 GPU-hours on paper. Expected: top-1 81.29, published. Source: mmpretrain, configs/riformer.
-    """
-    return _riformer("s36")
-
-
-def m36() -> Recipe:
-    """RIFormer-M36 on ImageNet-1k at 224 px, 600 epochs, from GFNet-H-B and PoolFormer-M36.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe m36.
-    Cost: 979 GPU-hours on paper. Expected: top-1 82.57, published. Source: mmpretrain, configs/riformer.
-    """
-    return _riformer("m36")
-
-
-def m48() -> Recipe:
-    """RIFormer-M48 on ImageNet-1k at 224 px, 600 epochs, from GFNet-H-B and PoolFormer-M48.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe m48.
-    Cost: 1,222 GPU-hours on paper. Expected: top-1 82.75, published. Source: mmpretrain, configs/riformer.
-    """
-    return _riformer("m48")
-
-
-def s12_384() -> Recipe:
-    """RIFormer-S12 at 384 px: 30 more epochs after the recipe s12, whose run is runs/s12-seed0.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe s12-384.
-    Cost: 31 GPU-hours on paper. Expected: top-1 78.29, published. Source: mmpretrain, configs/riformer.
-    """
-    return _finetuned("s12")
-
-
-def s24_384() -> Recipe:
-    """RIFormer-S24 at 384 px: 30 more epochs after the recipe s24, whose run is runs/s24-seed0.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe s24-384.
-    Cost: 49 GPU-hours on paper. Expected: top-1 81.36, published. Source: mmpretrain, configs/riformer.
-    """
-    return _finetuned("s24")
-
-
-def s36_384() -> Recipe:
-    """RIFormer-S36 at 384 px: 30 more epochs after the recipe s36, whose run is runs/s36-seed0.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe s36-384.
-    Cost: 67 GPU-hours on paper. Expected: top-1 82.22, published. Source: mmpretrain, configs/riformer.
-    """
-    return _finetuned("s36")
-
-
-def m36_384() -> Recipe:
-    """RIFormer-M36 at 384 px: 30 more epochs after the recipe m36, whose run is runs/m36-seed0.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe m36-384.
-    Cost: 91 GPU-hours on paper. Expected: top-1 83.39, published. Source: mmpretrain, configs/riformer.
-    """
-    return _finetuned("m36")
-
-
-def m48_384() -> Recipe:
-    """RIFormer-M48 at 384 px: 30 more epochs after the recipe m48, whose run is runs/m48-seed0.
-
-    Command: torchrun --nproc-per-node 8 -m riformer train --recipe m48-384.
-    Cost: 116 GPU-hours on paper. Expected: top-1 83.70, published. Source: mmpretrain, configs/riformer.
-    """
-    return _finetuned("m48")
+    return recipe
 
 
 def s12_120() -> Recipe:
@@ -171,7 +113,7 @@ def poolformer_s12() -> Recipe:
     """PoolFormer-S12 on labels, 300 epochs: the paper's module teacher and baseline.
 
     Command: torchrun --nproc-per-node 8 -m riformer train --recipe poolformer-s12; other sizes with
-    --model.name riformer_m36 --data.crop-pct 0.949 and the like.
+    --model.name riformer_m36 --model.drop-path-rate 0.3 --data.crop-pct 0.95 and the like.
     Cost: 77 GPU-hours on paper. Expected: top-1 77.2, published. Source: sail-sg/poolformer.
     """
     return Recipe(
@@ -233,3 +175,15 @@ def gfnet_h_b() -> Recipe:
     Cost: 341 GPU-hours on paper. Expected: top-1 82.9, published. Source: raoyongming/GFNet.
     """
     return _gfnet("gfnet_h_b", 0.4)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    **{size: _published(size, 224) for size in RESULTS},
+    **{f"{size}-384": _published(size, 384) for size in RESULTS},
+    "s12-120": s12_120,
+    "poolformer-s12": poolformer_s12,
+    "identityformer-s12": identityformer_s12,
+    "gfnet-h-ti": gfnet_h_ti,
+    "gfnet-h-s": gfnet_h_s,
+    "gfnet-h-b": gfnet_h_b,
+}

@@ -298,22 +298,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "glyphs-overlap": glyphs_overlap,
     "glyphs-riformer": glyphs_riformer,
     "photos": photos,
-    "s12": published.s12,
-    "s24": published.s24,
-    "s36": published.s36,
-    "m36": published.m36,
-    "m48": published.m48,
-    "s12-384": published.s12_384,
-    "s24-384": published.s24_384,
-    "s36-384": published.s36_384,
-    "m36-384": published.m36_384,
-    "m48-384": published.m48_384,
-    "s12-120": published.s12_120,
-    "poolformer-s12": published.poolformer_s12,
-    "identityformer-s12": published.identityformer_s12,
-    "gfnet-h-ti": published.gfnet_h_ti,
-    "gfnet-h-s": published.gfnet_h_s,
-    "gfnet-h-b": published.gfnet_h_b,
+    **published.RECIPES,
 }
 
 RENAMED = {"glyphs": "glyphs-overlap", "glyphs-paper": "glyphs-riformer"}  # names in earlier versions, and today's

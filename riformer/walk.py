@@ -109,7 +109,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def describe(left_out: dict[str, int]) -> str:
-    """One line about what was left out: how many for each reason, the most frequent first."""
+    """One line about what was left out: how many files and folders for each reason, the most frequent reason first."""
     counts = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
     line = f"left out {', '.join(f'{count:,} {reason}' for reason, count in counts)}"
     unread = [suffix for suffix in sorted(UNREAD_SUFFIXES) if f"with suffix {suffix}" in left_out]
@@ -140,8 +140,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _reason(entry: os.DirEntry[str]) -> str:
     """Why something that is neither a folder nor an image is left out."""
     if entry.is_symlink() and not os.path.exists(entry.path):
-        return "broken links"
+        return "with a broken link"
     if not os.path.isfile(entry.path):
-        return "not regular files"
+        return "not regular"
     suffix = os.path.splitext(entry.name)[1].lower()
     return f"with suffix {suffix}" if suffix else "without a suffix"

@@ -288,6 +288,35 @@ def test_predict_reads_an_image_from_a_pipe(run, image_folder, capsys):
     assert json.loads(capsys.readouterr().out)["classes"] == from_pipe["classes"]
 
 
+def test_predict_labels_the_others_where_a_path_is_missing_or_a_link_is_broken(run, image_folder, tmp_path, capsys):
+    (image_folder / "zero" / "broken.png").symlink_to(tmp_path / "nowhere")
+    paths = [str(tmp_path / "missing.png"), str(image_folder / "zero"), str(image_folder / "one")]
+    assert cli.run("predict", [str(run), *paths, "--json"]) == 1
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert sum("classes" in line for line in lines) == 40
+    assert [Path(line["path"]).name for line in lines if "error" in line] == ["broken.png"]
+    assert "no such file or folder" in captured.err
+
+
+def test_what_is_left_out_is_said_alike_by_train_eval_and_predict(image_folder, tmp_path, capsys, caplog):
+    (image_folder / "zero" / "a.HEIC").write_text("x")
+    (image_folder / ".hidden").mkdir()
+    said = "left out 1 hidden, 1 with suffix .heic; to use .heic files, convert them to JPEG or PNG"
+    path, data = str(tmp_path / "run"), f"folder:{image_folder}"
+    train_it = ["--out", path, *STUDENT, "--teacher.epochs=1", f"--data.name={data}", "--optim.batch-size=10"]
+    assert cli.run("train", train_it) == 0
+    assert caplog.text.count(said) == 1
+    assert caplog.text.count("3 classes in natural order: one, seven, zero") == 1
+    for arguments in (["eval", f"{path}/best", "--data", data], ["predict", path, str(image_folder)]):
+        caplog.clear()
+        assert cli.run(arguments[0], arguments[1:]) == 0
+        assert caplog.text.count(said) == 1
+    capsys.readouterr()
+    assert cli.run("eval", [path]) == 0
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_predict_names_unreadable_images_and_labels_the_others(run, image_folder, tmp_path, capsys):
     (image_folder / "zero" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert cli.run("predict", [str(run), str(image_folder / "zero"), "--json"]) == 1
@@ -353,7 +382,9 @@ def test_publish_refuses_what_is_no_trained_run_or_has_no_such_form(run, tmp_pat
     message = fails(capsys, "publish", str(run / "teacher"), str(out))
     assert "mixes tokens (global_filter)" in message
     assert "publish its training form" in message
-    assert "--push OWNER/NAME, which was not given" in fails(capsys, "publish", str(run), str(out), "--private")
+    assert "--private has no effect without --push OWNER/NAME" in fails(
+        capsys, "publish", str(run), str(out), "--private"
+    )
     assert "must be OWNER/NAME" in fails(capsys, "publish", str(run), str(out), "--push", "name")
     assert not out.exists()
     assert cli.run("publish", [str(run / "teacher"), str(out), "--form", "training"]) == 0

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import timm
+from timm.data import create_transform
 
 import riformer
 from riformer.config import (
@@ -17,6 +18,7 @@ from riformer.config import (
     from_dict,
     to_dict,
 )
+from riformer.data.batches import preprocessing
 from riformer.measure.cost import gpu_hours
 from riformer.recipes import (
     DEFAULT_RUNGS,
@@ -93,14 +95,16 @@ def test_a_published_row_says_its_command_cost_and_result(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "drop_path", "crop"),
-    [("s12", 0.1, 0.9), ("s24", 0.1, 0.9), ("s36", 0.1, 0.9), ("m36", 0.1, 0.949), ("m48", 0.1, 0.949)],
+    ("name", "resized"),
+    [("s12", (248, 426)), ("s24", (248, 426)), ("s36", (248, 426)), ("m36", (236, 404)), ("m48", (236, 404))],
 )
-def test_the_published_settings(name, drop_path, crop):
+def test_the_published_settings(name, resized):
     first, second = RECIPES[name](), RECIPES[f"{name}-384"]()
-    for recipe in (first, second):
+    for recipe, shorter_side in zip((first, second), resized, strict=True):
+        resize = create_transform(**dataclasses.asdict(preprocessing(recipe.data))).transforms[0]
+        assert resize.size == shorter_side
         assert (recipe.model.name, recipe.model.mixer) == (f"riformer_{name}", "affine")
-        assert (recipe.model.drop_path_rate, recipe.data.crop_pct) == (drop_path, crop)
+        assert (recipe.model.drop_path_rate, recipe.optim.clip_grad) == (0.1, 5.0)
         augment = recipe.augment
         assert (augment.mixup, augment.cutmix, augment.random_erasing) == (0.8, 1.0, 0.25)
         assert augment.auto_augment == "rand-m9-mstd0.5-inc1"

@@ -21,6 +21,7 @@ from riformer.recipes import DEFAULT_RUNGS
 from riformer.study.evaluation import evaluate_model, evaluation
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.train.run import Run
+from riformer.walk import describe
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ def evaluate(argv: list[str]) -> int:
                 f"{path} is evaluated on its own data, which {' '.join(ignored)} would change; add --data.name"
             )
         if not options.split:
+            if left_out := (run.read("data.json") or {}).get("left_out"):
+                errors.print(f"{recipe.data.name}: {describe(left_out)}", soft_wrap=True)
             measured = evaluation(path)
             print_evaluations({recipe.name: [measured]}, main_console())
             try:

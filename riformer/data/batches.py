@@ -124,6 +124,8 @@ class _TrainParts:
             self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
         self.seed = seed
         self.num_augmentations = num_augmentations
+        pixels = images.source[0].nbytes if self.warps else _image_bytes(3, data.img_size, data.img_size)
+        self.bytes_per_image = pixels + 4 * num_classes
 
     def __getitem__(self, key: tuple[int, int, list[int]]) -> TrainPart:
         epoch, step, indices = key
@@ -157,7 +159,8 @@ class TrainBatches:
     With the policy warp, whole parts are augmented on `device`, where they then are.
 
     Raises:
-        ValueError: the batch cannot be divided, there are fewer images than one batch, or they cannot be warped.
+        ValueError: the batch cannot be divided, there are fewer images than one batch, they cannot be warped, or the
+            workers' parts do not fit into shared memory.
     """
 
     def __init__(
@@ -183,7 +186,6 @@ class TrainBatches:
         if len(images) < batch_size:
             raise ValueError(f"--optim.batch-size {batch_size} is more than the {len(images)} training images")
         self.part_size = batch_size // (world_size * accumulation)
-        check_shared_memory(self.part_size, data.img_size, data.num_workers)
         if augment.mixes and self.part_size % 2:
             raise ValueError(
                 f"mixup and cutmix pair images, but --optim.batch-size {batch_size} makes parts of {self.part_size}"
@@ -199,6 +201,12 @@ class TrainBatches:
         self.world_size = world_size
         self.steps_per_epoch = len(images) // batch_size
         self.parts = _TrainParts(images, num_classes, data, augment, seed, num_augmentations)
+        check_shared_memory(
+            self.part_size * self.parts.bytes_per_image,
+            self.steps_per_epoch * accumulation,
+            data.num_workers,
+            held=2 * accumulation,  # the parts of a step, while those of the next one come
+        )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[TrainPart]]:
         """For each optimiser step from `start_step` on, this process's `accumulation` parts.
@@ -288,7 +296,16 @@ def eval_batches(
     """Batches of this process's share of a split; over all processes each image comes once.
 
     Shape: images [n, *preprocessing.input_size], labels [n], n <= batch_size.
+
+    Raises:
+        ValueError: the workers' batches do not fit into shared memory.
     """
     share = range(rank, len(images), world_size)
     keys = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    check_shared_memory(batch_size * _image_bytes(*preprocessing.input_size), len(keys), num_workers)
     return load(_EvalParts(images, preprocessing), keys, num_workers)
+
+
+def _image_bytes(channels: int, height: int, width: int) -> int:
+    """Size of an image in float32."""
+    return 4 * channels * height * width

@@ -57,7 +57,7 @@ def find_splits(root: Path) -> Layout:
     names, loose = walk.entries(root)
     folders = split_folders(root, names)
     if folders["train"]:
-        walk.left_out["images outside of the split folders"] += len(loose)
+        walk.left_out["outside of the split folders"] += len(loose)
     else:
         walk = Walk()  # which meets the entries of the root once more
         _refuse_splits_in_classes(root, names)
@@ -195,6 +195,6 @@ def _leave_out_others(root: Path, names: set[str], classes: Split, walk: Walk, n
                 f"images there, or away"
             )
         num_images = len(Walk().images(root / name))
-        walk.left_out["images outside of the split folders"] += num_images
+        walk.left_out["outside of the split folders"] += num_images
         if num_images:
             notes.append(f"the folder {name} with its {num_images:,} images is none of the splits, and left out")

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -114,8 +114,8 @@ def _project(
     optim, distill, notes = recipe.optim, recipe.distill, [note] if note else []
     num_classes = len(data.classes)
     batches = TrainBatches(
-        data.splits["train"], num_classes, recipe.data, recipe.augment, recipe.seed, optim.batch_size,
-        optim.accumulation,
+        data.splits["train"], num_classes, replace(recipe.data, num_workers=0), recipe.augment, recipe.seed,
+        optim.batch_size, optim.accumulation,
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

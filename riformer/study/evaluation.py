@@ -17,6 +17,7 @@ from riformer.config import DataConfig
 from riformer.data.batches import eval_batches
 from riformer.data.dataset import Dataset, ImageList, open_dataset
 from riformer.data.leaks import open_for_evaluation
+from riformer.data.workers import dead_workers_explained
 from riformer.distill.teachers import class_names, describe, known_names
 from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
@@ -30,7 +31,6 @@ from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.inputs import wrong_order
 from riformer.train.run import Run
-from riformer.walk import describe as describe_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def evaluate_run(path: str | Path) -> dict[str, Any]:
     return result
 
 
+@dead_workers_explained()
 @full_float32()
 def evaluation(path: str | Path) -> dict[str, Any]:
     """Accuracy, parity, size and speed of the best model of a run, and of its teacher.
@@ -62,8 +63,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     data = open_dataset(recipe.data, run.read("data.json"))
     split = _chosen_split(data, "")
     images, num_classes = data.splits[split], len(data.classes)
-    left_out = f"; {describe_left_out(data.left_out)}" if data.left_out else ""
-    logger.info("evaluating on %s of %s, %d images%s", split, data.name, len(images), left_out)
+    logger.info("evaluating on %s of %s, %d images", split, data.name, len(images))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(best).to(device)
@@ -122,6 +122,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     }
 
 
+@dead_workers_explained()
 @full_float32()
 def evaluate_model(
     model: nn.Module,

@@ -18,6 +18,7 @@ from riformer.config import Recipe, check, to_dict
 from riformer.data.batches import TrainBatches, TrainPart, eval_batches, preprocessing
 from riformer.data.dataset import Dataset, open_dataset
 from riformer.data.leaks import check_leaks
+from riformer.data.workers import dead_workers_explained
 from riformer.distill.imitation import fit_affines
 from riformer.distill.objective import imitation_scale
 from riformer.distill.teachers import Teacher
@@ -48,6 +49,7 @@ MAX_SKIPPED = 10  # steps in a row that are not finite before a training gives u
 Group = tuple[int, int, torch.device]  # rank, number of processes, device
 
 
+@dead_workers_explained()
 def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]], None] = lambda line: None) -> Run:
     """Trains, or goes on with, the run in `folder`; a finished run is left as it is.
 
@@ -64,7 +66,8 @@ def train(recipe: Recipe, folder: str | Path, progress: Callable[[dict[str, Any]
         ValueError: a recipe that contradicts itself or the data, a folder with another run, or one that another process
             trains in; teachers that have changed since the run began, or that do not know the data's classes.
         KeyboardInterrupt: after an interrupt or termination signal, when the state is saved.
-        RuntimeError: loss or gradient were not finite in `MAX_SKIPPED` steps in a row, or the weights are not.
+        RuntimeError: loss or gradient were not finite in `MAX_SKIPPED` steps in a row, or the weights are not; a worker
+            died.
     """
     check(recipe)
     if recipe.distill.trains_teacher:

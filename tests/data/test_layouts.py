@@ -107,7 +107,7 @@ def test_folders_beside_the_splits_are_left_out_and_said(tmp_path: Path) -> None
     put(tmp_path / "cover.png")
     dataset = opened(tmp_path)
     assert sizes(tmp_path) == {"train": 6, "val": 6}
-    assert dataset.left_out == {"images outside of the split folders": 10}
+    assert dataset.left_out == {"outside of the split folders": 10}
     assert len(dataset.warnings) == 3  # val repeats the images of train
     assert "the folder unlabeled with its 5 images" in "\n".join(dataset.warnings)
     fill(tmp_path, {"bee": 1})
@@ -223,7 +223,7 @@ def test_prediction_says_what_it_left_out(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     with caplog.at_level(logging.INFO):
         find_images([tmp_path])
-    assert "left out 1 broken links, 1 with suffix .heic; to use .heic files" in caplog.text
+    assert "left out 1 with a broken link, 1 with suffix .heic; to use .heic files" in caplog.text
 
 
 def test_what_cannot_be_an_image_is_yielded_to_be_named_and_never_dropped(tmp_path: Path) -> None:

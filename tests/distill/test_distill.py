@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import riformer
-from riformer.config import DistillConfig
+from riformer.config import DistillConfig, ResearchConfig
 from riformer.distill import losses
 from riformer.distill.families import block_names
 from riformer.distill.imitation import Imitation, fit_affines, match_blocks
@@ -209,11 +209,11 @@ def test_build_teacher_reads_saved_models_and_refuses_other_classes(tmp_path):
     model = build("attention").eval()
     riformer.save(model, tmp_path / "teacher")
     config = model.pretrained_cfg
-    teacher = build_teacher(str(tmp_path / "teacher"), 6, config["mean"], config["std"])
+    teacher = build_teacher(str(tmp_path / "teacher"), "abcdef", config["mean"], config["std"])
     images, _ = batch()
     assert_close(teacher(images), model(images), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="has 6 classes, but the data has 7"):
-        build_teacher(str(tmp_path / "teacher"), 7, MEAN, STD)
+    with pytest.raises(ValueError, match="has 6 classes without names, but the data has 7"):
+        build_teacher(str(tmp_path / "teacher"), "abcdefg", MEAN, STD)
 
 
 def test_positions_pair_blocks_by_relative_depth():
@@ -299,13 +299,13 @@ def test_known_logits_spare_the_logit_teacher_and_maps_come_from_one_run_of_the_
     images, targets = batch()
     with objective(student, {"soft": 1.0, "block": 1.0}, logit, modules) as learns:
         expected = learns(images, targets)
-        assert (calls["modules"], learns.taught) == (1, 1)
+        assert (calls["modules"], learns.teacher_batches) == (1, 1)
         calls.update(modules=0, other=0)
         known = logit(images)
         calls.update(modules=0, other=0)
         recalled = learns(images, targets, recall=lambda run: known)
         assert calls == {"modules": 1, "other": 0}
-        assert learns.taught == 2
+        assert learns.teacher_batches == 2
         assert_close(recalled, expected, atol=0, rtol=0)
         asked = learns(images, targets, recall=lambda run: run())
         assert calls["modules"] == 2
@@ -313,7 +313,7 @@ def test_known_logits_spare_the_logit_teacher_and_maps_come_from_one_run_of_the_
         calls.update(modules=0, other=0)
         late = learns(images, targets, scale=0.0, recall=lambda run: known)
         assert calls == {"modules": 0, "other": 0}
-        assert learns.taught == 3
+        assert learns.teacher_batches == 3
         assert_close(late["soft"], expected["soft"], atol=0, rtol=0)
         fresh = learns(images.flip(0), targets, recall=lambda run: known.flip(0))  # no map of another batch is left
         assert_close(fresh["block"], expected["block"])
@@ -350,9 +350,8 @@ def test_a_misspelt_word_is_refused(call, message):
 
 
 def test_words_are_those_of_the_configuration():
-    hints = get_type_hints(DistillConfig)
-    assert get_args(hints["block_match"]) == losses.BLOCK_MATCHES
-    assert get_args(hints["schedule"]) == SCHEDULES
+    assert get_args(get_type_hints(ResearchConfig)["block_match"]) == losses.BLOCK_MATCHES
+    assert get_args(get_type_hints(DistillConfig)["schedule"]) == SCHEDULES
 
 
 def test_start_from_gives_the_student_its_teachers_function_but_for_the_mixers():

@@ -162,7 +162,7 @@ def test_a_teacher_is_read_from_a_checkpoint_of_its_architecture_at_another_size
     torch.save({"model": {key: torch.randn(shape) * 0.02 for key, shape in shapes.items()}}, tmp_path / "tuned.pth")
     sizes = {}
     for img_size in (0, 64):
-        read = build_teacher(f"timm:{architecture}@{tmp_path / 'tuned.pth'}", 6, MEAN, STD, img_size)
+        read = build_teacher(f"timm:{architecture}@{tmp_path / 'tuned.pth'}", "abcdef", MEAN, STD, img_size)
         assert read.model.num_classes == 6
         assert "state_dict" not in read.model.pretrained_cfg
         sizes[img_size] = read.size

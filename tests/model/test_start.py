@@ -37,7 +37,7 @@ def test_the_start_of_a_run_may_be_published(tmp_path):
     recipe += ["--distill.logit_teacher", "", "--distill.module_teacher", "", "--distill.start_from_teacher", "false"]
     recipe += ["--distill.label_weight", "1", "--distill.soft_weight", "0", "--distill.schedule", "constant"]
     recipe += [f"--distill.{term}_weight=0" for term in ("block", "mixer", "relation")]
-    start = ["--model.start", str(tmp_path / "published"), "--out", str(tmp_path / "run"), "--distill.phase", "0.5"]
+    start = ["--model.start", str(tmp_path / "published"), "--out", str(tmp_path / "run")]
     assert cli.run("train", [*recipe, *sizes, *start]) == 0
     assert load(tmp_path / "run").mixers == ["affine", "affine"]
 

@@ -13,6 +13,7 @@ from train.test_loop import changed, lines, losses, plain, run_processes, tiny
 
 import riformer
 from riformer.config import DistillConfig, Recipe, ResearchConfig
+from riformer.data.dataset import Dataset
 from riformer.distill.cache import TeacherCache
 from riformer.distill.teachers import Teacher
 from riformer.study.evaluation import evaluate_run
@@ -28,7 +29,7 @@ def teacher(tmp_path_factory) -> str:
     """A model folder; what an untrained network says of an image is as good as anything to learn."""
     pooling = changed(plain(), "model", mixer="pooling")
     torch.manual_seed(5)
-    model = build_model(pooling, SimpleNamespace(classes=tuple("0123456789")))
+    model = build_model(pooling, Dataset("digits", tuple("0123456789"), {}))
     torch.nn.init.normal_(model.head.fc.weight)
     return str(riformer.save(model, tmp_path_factory.mktemp("teacher") / "model"))
 
@@ -36,7 +37,8 @@ def teacher(tmp_path_factory) -> str:
 def cached(teacher: str, top_k: int = 0, **optim) -> Recipe:
     """What could break a resume is on, but for mixing: every other draw, EMA, accumulation, bf16."""
     optim = {"epochs": EPOCHS, "precision": "bf16", "accumulation": 2, "ema_decay": 0.9, **optim}
-    distill = DistillConfig(teacher, label_weight=0.1, soft_weight=1.0, temperature=2.0, cache_augmentations=KEPT)
+    terms = dict(label_weight=0.1, soft_weight=1.0, temperature=2.0, cache_augmentations=KEPT)
+    distill = DistillConfig(teacher, trust_teacher=teacher != "own", **terms)  # it is untrained
     research = ResearchConfig(cache_top_k=top_k)
     return dataclasses.replace(plain(**optim), distill=distill, model=tiny().model, research=research)
 
@@ -75,13 +77,14 @@ def test_a_cached_run_learns_bit_for_bit_what_it_would_from_the_live_teacher(tmp
         "remainder": cached(teacher, precision="fp32", batch_size=300),  # 3 steps of 2 parts; 100 images fill none
     }[kind]
     batches, left_out, size = (6, 1, 150) if kind == "remainder" else (BATCHES, 0, 100)
+    measured = [size] * (297 // size) + [297 % size]  # on the validation images, before the training
     calls = []
     real = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, images: calls.append(len(images)) or real(self, images))
     train(recipe, tmp_path / "cached")
     phase = 2 if kind == "imitation" else 0  # of the third epoch's batches, the first step's still have maps to imitate
     assert taught(tmp_path / "cached") == [batches, batches, phase, 0]
-    assert calls == [size] * (2 * (batches + left_out) + phase)
+    assert calls == measured + [size] * (2 * (batches + left_out) + phase)
 
     def live(cache, augmentation, indices, compute):
         return cache._unpack(cache._pack(compute())) if cache.top_k else compute()
@@ -220,6 +223,9 @@ def test_another_teacher_under_the_same_name_is_refused_on_resume(tmp_path, teac
     with torch.no_grad():
         model.head.fc.bias += 1
     riformer.save(model, copied)
+    with pytest.raises(ValueError, match=r"teacher changed since .*run began"):
+        train(cached(copied), tmp_path / "run")
+    (tmp_path / "run" / "inputs.json").unlink()  # as in runs of version 0.1
     with pytest.raises(
         ValueError, match=r"run/teacher_outputs holds other .*delete the folder(.|\n)*teachers_sha256: "
     ):

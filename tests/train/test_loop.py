@@ -65,12 +65,12 @@ def tiny(**changes) -> Recipe:
 
 
 def plain(**optim) -> Recipe:
-    """Labels alone and no augmentation that depends on how a batch is divided."""
-    steady = AugmentConfig(mixup=0.0, cutmix=0.0)
+    """Labels alone, without mixup and cutmix."""
+    unmixed = AugmentConfig(mixup=0.0, cutmix=0.0)
     settings = {"lr": 1e-2, "epochs": 1, "warmup_epochs": 0.0, "batch_size": 200, "precision": "fp32", **optim}
     model = ModelConfig(depths=(1, 1), dims=(8, 8), stem_patch=2, stem_stride=2)
     return tiny(
-        distill=DistillConfig(), teacher=TeacherConfig(), augment=steady, model=model, optim=OptimConfig(**settings)
+        distill=DistillConfig(), teacher=TeacherConfig(), augment=unmixed, model=model, optim=OptimConfig(**settings)
     )
 
 
@@ -196,11 +196,15 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
 
 
 def test_two_processes_and_accumulation_equal_one_process_with_the_whole_batch(tmp_path):
-    train(plain(), tmp_path / "one")
-    train(plain(accumulation=4), tmp_path / "parts")
-    assert run_processes(plain(), tmp_path / "two", world_size=2) == [0, 0]
+    def mixed(**optim) -> Recipe:
+        return dataclasses.replace(plain(**optim), augment=AugmentConfig())
+
+    train(mixed(), tmp_path / "one")
+    train(mixed(accumulation=4), tmp_path / "parts")
+    assert run_processes(mixed(), tmp_path / "two", world_size=2) == [0, 0]
     expected = torch.tensor(losses(tmp_path / "one"))
     assert len(expected) == STEPS
+    assert mixed().augment.mixes
     assert_close(torch.tensor(losses(tmp_path / "parts")), expected, atol=1e-6, rtol=1e-5)
     assert_close(torch.tensor(losses(tmp_path / "two")), expected, atol=1e-6, rtol=1e-5)
     one, two = (lines(tmp_path / name)[-1] for name in ("one", "two"))
