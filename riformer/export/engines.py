@@ -1,7 +1,7 @@
 """The engines that a network can run on, each at its best: what `riformer bench` compares.
 
-An exporter is to go beside this file, one file a target. What is built here in memory for ONNX Runtime and OpenVINO is
-then what the exporter of that target writes, and this table takes it from there.
+Exporters belong in this folder, one file for each target. The functions below that build graphs for ONNX Runtime and
+OpenVINO then move there, and the table `ENGINES` uses them.
 """
 
 import tempfile
@@ -21,9 +21,13 @@ Runner = Callable[[Tensor], Tensor]
 
 
 class Engine(NamedTuple):
-    """How a runner is made of `(model, example, precision)`, in which precisions, and whether of RIFormers alone.
+    """An engine that `bench` measures.
 
-    A runner takes float32 images [N, C, H, W] of the example's shape and device and returns float32 logits.
+    Attributes:
+        build: (model, example, precision) -> runner, from float32 images [N, C, H, W] of the example's shape and device
+            to float32 logits.
+        precisions: that it has.
+        riformer_only: whether it runs RIFormers alone.
     """
 
     build: Callable[[nn.Module, Tensor, str], Runner]
@@ -47,7 +51,7 @@ def onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Runner:
     try:
         from onnxruntime import InferenceSession, SessionOptions
     except ImportError as error:
-        raise RuntimeError("the backend onnxruntime is not installed: pip install 'riformer[export]'") from error
+        raise RuntimeError("the engine onnxruntime is not installed: pip install 'riformer[export]'") from error
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -58,11 +62,11 @@ def onnxruntime(model: nn.Module, example: Tensor, precision: str) -> Runner:
 
 
 def openvino(model: nn.Module, example: Tensor, precision: str) -> Runner:
-    """OpenVINO, told which precision to compute in; int8 reads ONNX Runtime's quantised graph."""
+    """OpenVINO, in the precision asked for; int8 reads ONNX Runtime's quantised graph."""
     try:
         import openvino as ov
     except ImportError as error:
-        raise RuntimeError("the backend openvino is not installed: pip install 'riformer[export]'") from error
+        raise RuntimeError("the engine openvino is not installed: pip install 'riformer[export]'") from error
     hints = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

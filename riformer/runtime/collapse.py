@@ -3,7 +3,7 @@
 In deploy form, per sample, `norm1`, the residual add and `norm2` together are one affine map per channel. With the
 per-channel moments of a block's input x known, its MLP's input is `h = scale * x + shift` and its output
 `gain * x + offset + fc2(gelu(fc1(h)))`, where the four follow in closed form (`coefficients`). So no norm reads the
-map: the first product takes one affine map as a prologue, the second takes the other as an epilogue, in which the next
+map: one affine map is the prologue of the first product, the other is the epilogue of the second, in which the next
 block's moments are summed as well.
 
 Moments are of shifted values, x - K with K a token of the map: E[x^2] - E[x]^2 loses everything at a large common mean.
@@ -66,7 +66,7 @@ class Coefficients(NamedTuple):
 
 @torch.no_grad()
 def network_weights(model: MetaFormer) -> NetworkWeights:
-    """The weights of a RIFormer, training form or deploy form, as the collapsed form takes them.
+    """The weights of the collapsed form of a RIFormer, given in training form or deploy form.
 
     Raises:
         ValueError: the model is no MetaFormer, mixes tokens, or its head is not norm, average, classifier.
@@ -85,7 +85,7 @@ def network_weights(model: MetaFormer) -> NetworkWeights:
         raise ValueError(
             f"the head pools by {head.global_pool.pool_type!r} {'before' if head.pool_first else 'after'} "
             f"{type(head.norm).__name__}; "
-            "the collapsed form takes global_pool='avg' after the head's norm"
+            "the collapsed form needs global_pool='avg' after the head's norm"
         )
     convs, stages = [], []
     for i, stage in enumerate(folded.stages):
@@ -106,7 +106,7 @@ def _block_weights(block: nn.Module) -> BlockWeights:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel over the tokens of each sample, in x's type: float32 at least, or they are bad.
+    """Mean and variance of each channel over the tokens of each sample, in x's type, which must be float32 or wider.
 
     Shape: [N, L, C] -> [N, C] and [N, C].
     """
@@ -125,14 +125,16 @@ def coefficients(mean: Tensor, var: Tensor, block: BlockWeights, eps: float) -> 
     """
     norm1_weight, norm1_bias, norm2_weight, norm2_bias = (tensor.to(mean.dtype) for tensor in block[:4])
     centre = mean.mean(1, keepdim=True)
-    apart = mean - centre
-    rstd = torch.rsqrt(var.mean(1, keepdim=True) + (apart * apart).mean(1, keepdim=True) + eps)
+    difference = mean - centre
+    rstd = torch.rsqrt(var.mean(1, keepdim=True) + (difference * difference).mean(1, keepdim=True) + eps)
     gain = 1 + rstd * norm1_weight
     offset = norm1_bias - norm1_weight * (rstd * centre)
-    mean = mean + apart * rstd * norm1_weight + norm1_bias  # gain * mean + offset, without its cancellation
+    mean = mean + difference * rstd * norm1_weight + norm1_bias  # gain * mean + offset, but without cancellation
     centre = mean.mean(1, keepdim=True)
-    apart = mean - centre
-    rstd = torch.rsqrt((gain * gain * var).mean(1, keepdim=True) + (apart * apart).mean(1, keepdim=True) + eps)
+    difference = mean - centre
+    rstd = torch.rsqrt(
+        (gain * gain * var).mean(1, keepdim=True) + (difference * difference).mean(1, keepdim=True) + eps
+    )
     scale = rstd * norm2_weight * gain
     shift = norm2_bias + rstd * norm2_weight * (offset - centre)
     return Coefficients(scale, shift, gain, offset + block.fc2_bias.to(mean.dtype), mean)
@@ -140,8 +142,8 @@ def coefficients(mean: Tensor, var: Tensor, block: BlockWeights, eps: float) -> 
 
 def normalised_mean(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """The head's norm, then its average over the tokens, from the moments. Shape: [N, C] -> [N, C]."""
-    apart = mean - mean.mean(1, keepdim=True)
-    return apart * torch.rsqrt(var.mean(1, keepdim=True) + (apart * apart).mean(1, keepdim=True) + eps)
+    difference = mean - mean.mean(1, keepdim=True)
+    return difference * torch.rsqrt(var.mean(1, keepdim=True) + (difference * difference).mean(1, keepdim=True) + eps)
 
 
 class CollapsedBlock(nn.Module):

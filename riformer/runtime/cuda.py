@@ -1,4 +1,4 @@
-"""The collapsed form on a GPU, by the kernels beside this file; the classifier alone is PyTorch's.
+"""The collapsed form on a GPU: the kernels of kernels.py, and PyTorch's products for wide blocks and the classifier.
 
 This module imports triton, which comes with PyTorch for CUDA.
 """
@@ -16,16 +16,15 @@ from riformer.runtime.collapse import BlockWeights, NetworkWeights
 from riformer.runtime.opaque import OpaqueNetwork
 
 FUSED_WIDTH = 192
-"""Channels up to which a block is one kernel: a tile's accumulator, all channels wide, must fit the registers."""
+"""Channels up to which a block is one kernel, whose registers hold the sums of a tile in all channels."""
 
 GRAPH_PIXELS = 8 * 224 * 224
-"""Pixels of a batch up to which it is replayed from a CUDA graph: then launching costs more than computing."""
+"""Pixels of a batch up to which it is replayed from a CUDA graph, because launching kernels takes longer than they."""
 
 MAX_GRAPHS = 8
 
-
 _HOST = RLock()
-"""Held while kernels are enqueued or captured: triton's autotuner serves one thread at a time."""
+"""Held while kernels are enqueued or captured, as triton's autotuner is not thread-safe."""
 
 
 class TritonNetwork(OpaqueNetwork):
@@ -77,7 +76,7 @@ class TritonNetwork(OpaqueNetwork):
         return F.linear(kernels.pooled(kernels.moments(tokens, height * width), self.eps), *self.head)
 
     def _block(self, x: Tensor, block: BlockWeights, num_tokens: int) -> None:
-        """One block, in place. Shape: [N * num_tokens, C]."""
+        """Computes a block in place. Shape: x [N * num_tokens, C]."""
         table = kernels.coefficient_table(kernels.moments(x, num_tokens), block, self.eps)
         if x.shape[1] <= FUSED_WIDTH:
             kernels.mlp(x, table, block.fc1_weight, block.fc1_bias, block.fc2_weight, num_tokens)
@@ -87,7 +86,7 @@ class TritonNetwork(OpaqueNetwork):
 
 
 def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x @ weight.T + bias); in 16 bits on a GPU in the product's epilogue, by the tanh formula, within 5e-4.
+    """gelu(x @ weight.T + bias). In 16 bits on a GPU it is the product's epilogue: GELU's tanh formula, within 5e-4.
 
     In float32 PyTorch's products follow torch.set_float32_matmul_precision.
     """
@@ -97,7 +96,7 @@ def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _in_types(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
-    """What products take in `dtype`, everything else in float32; around the narrow kernel's GELU scaled as it wants."""
+    """The operands of products in `dtype`, everything else in float32; narrow blocks scaled for the kernel's GELU."""
     narrow, names = len(block.fc2_bias) <= FUSED_WIDTH, ["fc1_weight", "fc2_weight"]
     if narrow and dtype != torch.float32:
         scale, back = kernels.GELU_SCALE, 0.5 / kernels.GELU_SCALE

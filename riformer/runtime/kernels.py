@@ -17,14 +17,16 @@ from riformer.runtime.collapse import BlockWeights, ConvWeights
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GELU_SCALE = 0.32617215674
-"""For 16-bit types GELU takes x * GELU_SCALE and gives 2 * GELU_SCALE times its value, by the hardware's tanh: three
-operations besides. Within 1e-3, half of what bf16 rounds off a 1. Fitted by tools/fit_gelu.py."""
+"""In 16-bit types the input of GELU is x * GELU_SCALE and its output 2 * GELU_SCALE * gelu(x), so that it takes the
+hardware's tanh and three other operations. The error is below 1e-3, half the rounding error of bf16 at 1. Fitted by
+tools/fit_gelu.py."""
 
 
 def tile_rows(num_rows: int, num_tokens: int) -> int:
-    """Rows of a tile: fewer where there are few, so that every multiprocessor gets one, or many samples' in a tile."""
-    fitting = triton.next_power_of_2(triton.cdiv(num_rows, 132)), triton.next_power_of_2(4 * num_tokens) // 2
-    return max(16, min(128, *fitting))
+    """Rows of a tile: fewer for small maps, so that all multiprocessors have work, and tiles span few samples."""
+    by_device = triton.next_power_of_2(triton.cdiv(num_rows, 132))  # an H100 has 132 multiprocessors
+    by_sample = triton.next_power_of_2(4 * num_tokens) // 2
+    return max(16, min(128, by_device, by_sample))
 
 
 def num_spans(rows: int, num_tokens: int) -> int:
@@ -33,7 +35,7 @@ def num_spans(rows: int, num_tokens: int) -> int:
 
 
 def _configs(*choices: tuple[dict[str, int], int, int, int | None]) -> list[triton.Config]:
-    """From (block sizes, warps, stages, most registers); the first alone in the interpreter, which cannot time."""
+    """From (block sizes, warps, stages, registers at most); in the interpreter, which cannot time, only the first."""
     configs = [
         triton.Config(blocks, num_warps=warps, num_stages=stages, maxnreg=registers)
         for blocks, warps, stages, registers in choices
@@ -43,7 +45,7 @@ def _configs(*choices: tuple[dict[str, int], int, int, int | None]) -> list[trit
 
 @triton.jit
 def _gelu(x, PRECISION: tl.constexpr):
-    """x * Phi(x). For narrow types x comes and goes scaled: see GELU_SCALE."""
+    """x * Phi(x). In 16-bit types input and output are scaled: see GELU_SCALE."""
     if PRECISION == "ieee":
         return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
     u = x * (x * x + 2.4531740739)
@@ -56,7 +58,7 @@ def _gelu(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load(at, inside, WHOLE: tl.constexpr):
-    """A tile; without the mask where nothing of it can be outside."""
+    """A tile; without a mask if WHOLE, where no part of it can be outside."""
     if WHOLE:
         return tl.load(at)
     return tl.load(at, mask=inside, other=0.0)
@@ -79,7 +81,7 @@ def _pack_kernel(
 
 
 def pack(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images of any type and strides as `conv` reads them: channels last, a power of 2 of them, those beyond 0.
+    """Images of any type and strides in the layout of `conv`: channels last, padded with zeros to a power of 2.
 
     Shape: [N, C, H, W] -> [N, H, W, 2^n].
     """
@@ -113,7 +115,7 @@ def _conv_kernel(
     IN: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    ACROSS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS  # tiles side by side, one after the other: they share images
+    ACROSS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS  # tiles side by side are neighbours: they share images
     rows = tl.program_id(0) // ACROSS * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) % ACROSS * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_columns = rows < M, columns < C
@@ -187,9 +189,9 @@ def _moments_kernel(x, moments, size, num_tokens, C: tl.constexpr, TOKENS: tl.co
         tokens = start + tl.arange(0, TOKENS)
         inside = (tokens < num_tokens)[:, None] & in_columns[None, :]
         value = tl.load(x[None, :] + tokens[:, None] * C, mask=inside, other=0.0).to(tl.float32)
-        apart = tl.where(inside, value - centre[None, :], 0.0)
-        first += apart
-        second += apart * apart
+        difference = tl.where(inside, value - centre[None, :], 0.0)
+        first += difference
+        second += difference * difference
     shift = tl.sum(first, 0) / num_tokens
     to = moments + sample * 2 * C + columns
     tl.store(to, centre + shift, mask=in_columns)
@@ -199,14 +201,14 @@ def _moments_kernel(x, moments, size, num_tokens, C: tl.constexpr, TOKENS: tl.co
 def moments(x: Tensor, num_tokens: int) -> Tensor:
     """Mean and variance of each sample's channels, from differences from its first token.
 
-    Choice: one pass that only reads, instead of sums where the map is written: products keep their registers.
+    Choice: a pass of its own, instead of sums where the map is written, so that products keep their registers.
 
     Shape: [N * num_tokens, C] -> [N, 2, C] in float32.
     """
     num, c = len(x) // num_tokens, x.shape[1]
-    found = x.new_empty(num, 2, c, dtype=torch.float32)
-    _moments_kernel[(num, triton.cdiv(c, 64))](x, found, _size(x), num_tokens, C=c, COLUMNS=64)
-    return found
+    result = x.new_empty(num, 2, c, dtype=torch.float32)
+    _moments_kernel[(num, triton.cdiv(c, 64))](x, result, _size(x), num_tokens, C=c, COLUMNS=64)
+    return result
 
 
 def moments_reference(x: Tensor, num_tokens: int) -> Tensor:
@@ -218,22 +220,22 @@ def moments_reference(x: Tensor, num_tokens: int) -> Tensor:
 def _coefficients(
     mean, var, norm1_weight, norm1_bias, norm2_weight, norm2_bias, fc2_bias, columns, eps, C: tl.constexpr
 ):
-    """A sample's scale, shift, gain and offset from its moments, as collapse.coefficients has them."""
+    """A sample's scale, shift, gain and offset from its moments: collapse.coefficients."""
     inside = columns < C
     weight = tl.load(norm1_weight + columns, mask=inside, other=0.0)
     bias = tl.load(norm1_bias + columns, mask=inside, other=0.0)
     middle = tl.sum(mean, 0) / C
-    apart = tl.where(inside, mean - middle, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(var + apart * apart, 0) / C + eps)
+    difference = tl.where(inside, mean - middle, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(var + difference * difference, 0) / C + eps)
     gain = 1.0 + rstd * weight
     offset = bias - weight * (rstd * middle)
-    mean = mean + apart * rstd * weight + bias
+    mean = mean + difference * rstd * weight + bias
 
     weight = tl.load(norm2_weight + columns, mask=inside, other=0.0)
     bias = tl.load(norm2_bias + columns, mask=inside, other=0.0)
     middle = tl.sum(mean, 0) / C
-    apart = tl.where(inside, mean - middle, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(gain * gain * var + apart * apart, 0) / C + eps)
+    difference = tl.where(inside, mean - middle, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(gain * gain * var + difference * difference, 0) / C + eps)
     shift = bias + rstd * weight * (offset - middle)
     return rstd * weight * gain, shift, gain, offset + tl.load(fc2_bias + columns, mask=inside, other=0.0)
 
@@ -288,7 +290,7 @@ def _affine_kernel(x, table, normed, M, num_tokens, C: tl.constexpr, ROWS: tl.co
 
 
 def affine(x: Tensor, table: Tensor, num_tokens: int) -> Tensor:
-    """A wide map's block without its products: returns scale * x + shift, and x becomes gain * x + offset, in place.
+    """The affine maps of a block of wide maps: returns scale * x + shift; x becomes gain * x + offset, in place.
 
     Shape: x [M, C], table [N, 4, C] -> [M, C].
     """
@@ -306,12 +308,12 @@ def affine_reference(x: Tensor, table: Tensor, num_tokens: int) -> Tensor:
 
 
 @triton.jit
-def _select(mine, ours, others, PRECISION: tl.constexpr):
-    """`ours` in the rows that are mine (-1, else 0 in 16 bits), `others` elsewhere. Two values of 16 bits at once."""
+def _select(chosen, value, otherwise, PRECISION: tl.constexpr):
+    """`value` in the rows where `chosen` is -1, `otherwise` where it is 0, both in 16 bits. Two values at once."""
     if INTERPRETED or PRECISION == "ieee":
-        return tl.where(mine != 0, ours, others)
+        return tl.where(chosen != 0, value, otherwise)
     return tl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", [mine, ours, others], ours.dtype, is_pure=True, pack=2
+        "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", [chosen, value, otherwise], value.dtype, is_pure=True, pack=2
     )
 
 
@@ -344,10 +346,10 @@ def _prologue(
     shift = tl.broadcast_to(_load(at + C, in_columns, WHOLE).to(value.dtype)[None, :], value.shape)
     for span in tl.static_range(1, SPANS):
         sample = tl.minimum(first + span, (M - 1) // num_tokens)
-        mine = tl.where(rows >= sample * num_tokens, -1, 0).to(tl.int16)[:, None]
+        chosen = tl.where(rows >= sample * num_tokens, -1, 0).to(tl.int16)[:, None]
         at = table + sample.to(tl.int64) * 4 * C + columns
-        scale = _select(mine, _load(at, in_columns, WHOLE).to(value.dtype)[None, :], scale, PRECISION)
-        shift = _select(mine, _load(at + C, in_columns, WHOLE).to(value.dtype)[None, :], shift, PRECISION)
+        scale = _select(chosen, _load(at, in_columns, WHOLE).to(value.dtype)[None, :], scale, PRECISION)
+        shift = _select(chosen, _load(at + C, in_columns, WHOLE).to(value.dtype)[None, :], shift, PRECISION)
     return _multiply_add(value, scale, shift, PRECISION)
 
 
@@ -358,7 +360,7 @@ def _epilogue(
 ):  # fmt: skip
     """x = gain * x + offset + product in COLUMNS columns from `start`, in place.
 
-    Wide tiles go half by half, which takes fewer registers.
+    Wide tiles are written in two halves, which needs fewer registers.
     """
     if COLUMNS > 64:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
@@ -384,7 +386,7 @@ def _epilogue(
 
 
 def _columns(c: int) -> tuple[int, int]:
-    """A width as powers of 2: itself, or the sum of two, or the next one."""
+    """A width as one or two powers of 2, the sum of which it is; else the next power of 2."""
     largest = triton.next_power_of_2(c + 1) // 2
     rest = c - largest
     if largest >= 16 and (rest == 0 or (rest >= 16 and rest & (rest - 1) == 0)):
@@ -473,17 +475,17 @@ def _pooled_kernel(moments, pooled, eps, C: tl.constexpr, COLUMNS: tl.constexpr)
     inside = columns < C
     mean = tl.load(moments + sample * 2 * C + columns, mask=inside, other=0.0)
     var = tl.load(moments + sample * 2 * C + C + columns, mask=inside, other=0.0)
-    apart = tl.where(inside, mean - tl.sum(mean, 0) / C, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(var + apart * apart, 0) / C + eps)
-    tl.store(pooled + sample * C + columns, apart * rstd, mask=inside)
+    difference = tl.where(inside, mean - tl.sum(mean, 0) / C, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(var + difference * difference, 0) / C + eps)
+    tl.store(pooled + sample * C + columns, difference * rstd, mask=inside)
 
 
 def pooled(moments: Tensor, eps: float) -> Tensor:
     """The head's norm, then its average over the tokens, from the last map's moments. Shape: [N, 2, C] -> [N, C]."""
     num, _, c = moments.shape
-    found = moments.new_empty(num, c)
-    _pooled_kernel[(num,)](moments, found, eps, C=c, COLUMNS=triton.next_power_of_2(c))
-    return found
+    result = moments.new_empty(num, c)
+    _pooled_kernel[(num,)](moments, result, eps, C=c, COLUMNS=triton.next_power_of_2(c))
+    return result
 
 
 def pooled_reference(moments: Tensor, eps: float) -> Tensor:
@@ -492,10 +494,10 @@ def pooled_reference(moments: Tensor, eps: float) -> Tensor:
 
 
 def _size(x: Tensor) -> int:
-    """Under which size a map's kernels are tuned: its number of rows, to the next power of 2."""
+    """The size by which kernels are tuned: the map's number of rows, rounded up to a power of 2."""
     return triton.next_power_of_2(len(x))
 
 
 def _precision(x: Tensor) -> str:
-    """How products of float32 are computed: in float32, not in TF32. Narrower types have one way only."""
+    """Input precision of tl.dot: float32 is not rounded to TF32; for narrower types it means nothing."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

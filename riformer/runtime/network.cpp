@@ -42,7 +42,7 @@ Array<float> padded(const float* values, int count) {
 struct Range {
   long from, to;
 };
-// The rows of one thread, in whole units; the others have theirs.
+// The share of one thread of the rows, in whole units.
 Range share(long rows, long unit, int thread, int threads) {
   long units = (rows + unit - 1) / unit;
   return {std::min(rows, units * thread / threads * unit), std::min(rows, units * (thread + 1) / threads * unit)};
@@ -156,13 +156,14 @@ struct NetworkOf : Network {
   static long rows_at_once(const Product& widest) {
     return std::max(OPERAND_BYTES / (P::row_size(widest.groups) * long(sizeof(T))) / P::ROWS, 1L) * P::ROWS;
   }
-  // The rows in `mine`, in blocks of about equal size that are not larger than `most`.
+  // Calls compute(first, rows) on blocks of `range` of about equal size, of at most `most` rows.
   template <class Compute>
-  static void in_blocks(Range mine, long most, Compute compute) {
-    if (mine.from >= mine.to) return;
-    long blocks = (mine.to - mine.from + most - 1) / most;
-    long step = round_up((mine.to - mine.from + blocks - 1) / blocks, P::ROWS);
-    for (long first = mine.from; first < mine.to; first += step) compute(first, int(std::min(step, mine.to - first)));
+  static void in_blocks(Range range, long most, Compute compute) {
+    if (range.from >= range.to) return;
+    long blocks = (range.to - range.from + most - 1) / most;
+    long step = round_up((range.to - range.from + blocks - 1) / blocks, P::ROWS);
+    for (long first = range.from; first < range.to; first += step)
+      compute(first, int(std::min(step, range.to - first)));
   }
 
   // What one thread does in a part of a batch.
@@ -171,8 +172,8 @@ struct NetworkOf : Network {
     const Workspace& work;
     int num, thread, threads;
     T *a, *h;
-    long row, tokens;  // of the map at hand: floats of a token, tokens of a sample
-    Range mine;        // rows of it
+    long row, tokens;  // of the current map: floats of a token, tokens of a sample
+    Range own_rows;    // rows of it that this thread computes
 
     float* coefficients(long sample, int which) const {
       return work.template get<float>(COEFFICIENTS) + (sample * 4 + which) * row;
@@ -200,7 +201,7 @@ struct NetworkOf : Network {
             return RESIDUAL ? sum + gain * load(token) : sum;
           };
           Vec centre, sum, squares;
-          if (first + r == std::max(sample * tokens, mine.from)) {
+          if (first + r == std::max(sample * tokens, own_rows.from)) {
             store(token, centre = value(r++));
             token += row;
             sum = squares = Vec{};
@@ -210,10 +211,10 @@ struct NetworkOf : Network {
             squares = load(sums(thread, sample, SECOND) + column);
           }
           for (; r < end; r++, token += row) {
-            Vec x = value(r), apart = x - centre;
+            Vec x = value(r), difference = x - centre;
             store(token, x);
-            sum += apart;
-            squares += apart * apart;
+            sum += difference;
+            squares += difference * difference;
           }
           store(sums(thread, sample, CENTRE) + column, centre);
           store(sums(thread, sample, FIRST) + column, sum);
@@ -222,21 +223,22 @@ struct NetworkOf : Network {
       }
     }
 
-    // Mean and variance of each channel from all threads' sums, around the means of their own rows.
+    // Mean and variance of each channel from the sums of all threads, each taken around the mean of its rows.
     void moments(long sample, float* mean, float* var) const {
       std::fill(mean, mean + row, 0.0f);
       std::fill(var, var + row, 0.0f);
       for (bool centred : {false, true})
         for (int t = 0; t < threads; t++) {
-          Range theirs = share(num * tokens, P::ROW_UNIT, t, threads);
-          float count = std::min(theirs.to, (sample + 1) * tokens) - std::max(theirs.from, sample * tokens);
+          Range rows = share(num * tokens, P::ROW_UNIT, t, threads);
+          float count = std::min(rows.to, (sample + 1) * tokens) - std::max(rows.from, sample * tokens);
           if (count <= 0) continue;
           const float *centre = sums(t, sample, CENTRE), *first = sums(t, sample, FIRST);
           const float* second = sums(t, sample, SECOND);
           for (long c = 0; c < row; c++) {
-            float shift = first[c] / count, own = centre[c] + shift;
-            if (centred) var[c] += (second[c] - shift * first[c] + count * (own - mean[c]) * (own - mean[c])) / tokens;
-            else mean[c] += own * (count / tokens);
+            float shift = first[c] / count, thread_mean = centre[c] + shift;
+            float off = thread_mean - mean[c];
+            if (centred) var[c] += (second[c] - shift * first[c] + count * off * off) / tokens;
+            else mean[c] += thread_mean * (count / tokens);
           }
         }
     }
@@ -247,8 +249,8 @@ struct NetworkOf : Network {
       for (int c = 0; c < dim; c++) sum += mean[c];
       *centre = sum / dim;
       for (int c = 0; c < dim; c++) {
-        double apart = mean[c] - sum / dim;
-        between += apart * apart;
+        double difference = mean[c] - sum / dim;
+        between += difference * difference;
         within += std::max(0.0f, var[c]) * (gain ? double(gain[c]) * gain[c] : 1.0);
       }
       return 1 / std::sqrt((within + between) / dim + net.eps);
@@ -276,7 +278,7 @@ struct NetworkOf : Network {
     }
 
     template <class Compute>
-    void for_my_samples(Compute compute) const {
+    void for_own_samples(Compute compute) const {
       for (long sample = thread; sample < num; sample += threads) compute(sample);
     }
 
@@ -302,7 +304,7 @@ struct NetworkOf : Network {
         in_image[i] = c < stage.in_chans ? (c * height + y) * width + x : 0;
         in_edge[i] = i * 8L;
       }
-      in_blocks(mine, rows_at_once(product), [&](long first, int rows) {
+      in_blocks(own_rows, rows_at_once(product), [&](long first, int rows) {
         for (int r = 0; r < rows; r++) {
           long sample = (first + r) / tokens, token = (first + r) % tokens;
           int y0 = token / out_width * stage.stride - stage.padding, x0 = token % out_width * stage.stride - stage.padding;
@@ -338,7 +340,7 @@ struct NetworkOf : Network {
 
     void mlp(const Block& block, float* map) {
       const Product &fc1 = block.fc1, &fc2 = block.fc2;
-      in_blocks(mine, rows_at_once(fc2), [&](long first, int rows) {
+      in_blocks(own_rows, rows_at_once(fc2), [&](long first, int rows) {
         for (int r = 0; r < rows; r++) {
           long sample = (first + r) / tokens;
           const float *scale = coefficients(sample, SCALE), *shift = coefficients(sample, SHIFT);
@@ -403,11 +405,11 @@ struct NetworkOf : Network {
         float* map = work.template get<float>(i % 2 ? NEXT_MAP : MAP);
         worker.row = stage.row();
         worker.tokens = long(stage.out(y)) * stage.out(x);
-        worker.mine = share(num * worker.tokens, P::ROW_UNIT, thread, worker.threads);
+        worker.own_rows = share(num * worker.tokens, P::ROW_UNIT, thread, worker.threads);
         worker.conv(stage, i == 0, input, in_row, y, x, map);
 #pragma omp barrier
         for (const Block& block : stage.blocks) {
-          worker.for_my_samples([&](long sample) { worker.coefficients_of(block, stage.dim(), sample); });
+          worker.for_own_samples([&](long sample) { worker.coefficients_of(block, stage.dim(), sample); });
 #pragma omp barrier
           worker.mlp(block, map);
 #pragma omp barrier
@@ -415,7 +417,7 @@ struct NetworkOf : Network {
         input = map, in_row = stage.row();
         y = stage.out(y), x = stage.out(x);
       }
-      worker.for_my_samples([&](long sample) { worker.pool(stages.back().dim(), sample, a); });
+      worker.for_own_samples([&](long sample) { worker.pool(stages.back().dim(), sample, a); });
 #pragma omp barrier
       Range panels = share(head.panels(), 1, thread, worker.threads);
       P::multiply(a, num, head.weight.get(), panels.from, panels.to, head.groups,

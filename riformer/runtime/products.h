@@ -1,6 +1,6 @@
 // Matrix products on one core: rows of A times panels of 32 columns of B, one struct for each kind of instruction.
 //
-// A product is told apart by what it needs of its operands:
+// A kind of product says how its operands are held:
 //   T           what A and B hold
 //   put         32 values of a row of A, from two vectors of float
 //   pack        B from a weight matrix [columns, K] of float
@@ -93,7 +93,7 @@ struct VectorProduct {
   static constexpr int LANES = sizeof(Register) / sizeof(float);
   static constexpr int ROWS = Step::ROWS, ROW_UNIT = 1;
 
-  static long row_size(int groups) { return 32 * (groups + 1); }  // a group more, lest rows fall into one cache set
+  static long row_size(int groups) { return 32 * (groups + 1); }  // a group more than needed, so that rows do not share a cache set
   static T* row(T* a, long r, int groups) { return a + r * row_size(groups); }
   static constexpr int GROUP = 32;
   static void put(T* to, Vec low, Vec high) { Step::put(to, low, high); }
