@@ -374,4 +374,4 @@ def test_a_fraction_for_validation_is_refused_where_a_folder_has_val(image_folde
     message = refused(capsys, "train", f"{command} --data.val-fraction 0.4")
     assert "--data.val-fraction is 0.4, but has no effect:" in message
     assert "has a val folder" in message
-    assert open_dataset(recipe_of(command.partition(" --out")[0]).data, 0).splits.keys() == {"train", "val"}
+    assert open_dataset(recipe_of(command.partition(" --out")[0]).data).splits.keys() == {"train", "val"}
