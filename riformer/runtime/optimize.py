@@ -106,8 +106,9 @@ class Runtime(nn.Module):
         Raises:
             RuntimeError: it would change the precision, or move a network that cannot be moved.
         """
-        dtype = DTYPES[self.precision]
-        if fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype:
+        tensors = chain(self.parameters(), self.buffers())
+        dtypes = {DTYPES[self.precision], *(tensor.dtype for tensor in tensors)}  # bf16 has its norms in float32
+        if any(fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype for dtype in dtypes):
             raise RuntimeError(
                 f"a runtime stays in its precision, {self.precision}: call riformer.optimize again with another one"
             )

@@ -197,3 +197,12 @@ def test_a_portable_runtime_can_be_stored_but_stays_in_its_precision(portable):
         torch.testing.assert_close(same(images()), expected, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="stays in its precision, fp32"):
         portable.half()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_portable_runtime_keeps_its_norms_in_float32(model, precision, dtype):
+    runtime = riformer.optimize(model, images(), precision, "portable")
+    expected = runtime(images())
+    with pytest.raises(RuntimeError, match=f"stays in its precision, {precision}"):
+        runtime.to(dtype)  # the type of its products, but not of its norms and head
+    torch.testing.assert_close(runtime.to("cpu")(images()), expected, rtol=0, atol=0)
