@@ -4,12 +4,13 @@ Runs whose own teachers are the same training share it: the first of them trains
 run that is itself this training, as the rung `mixer` is.
 """
 
+import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Queue, get_context
 from multiprocessing.process import BaseProcess
@@ -27,7 +28,14 @@ from riformer.train.distributed import is_main_process
 from riformer.train.loop import train
 from riformer.train.run import Run
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[dict[str, Any]], None]
+Job = tuple[Recipe, Path]
+Lenders = dict[Path, tuple[Path, Path]]
+"""For each run that need not train its own teacher, the run that does and the folder in which the teacher then lies."""
+ERRORS = (ValueError, RuntimeError, OSError, MemoryError)
+NO_TEACHER = "its teacher is that of {}, which failed"
 
 
 def run_recipe(recipe: Recipe, folder: str | Path, progress: Progress) -> Run:
@@ -45,49 +53,39 @@ def run_ladder(recipes: Sequence[Recipe], folder: str | Path, progress: Progress
     measures speed, comes after all trainings and one by one. A teacher that several runs have in common is trained once
     for each seed.
 
+    A training that fails is logged at once. The others go on, except those that need its teacher.
+
     Raises:
         ValueError: a recipe that contradicts itself; before anything runs.
+        RuntimeError: trainings failed; after all others have ended and are evaluated.
     """
     for recipe in recipes:
         check(recipe)
     todo = [(recipe, Path(folder) / f"{recipe.name}-seed{recipe.seed}") for recipe in recipes]
     lenders = _lenders(todo)
-
-    def missing() -> list[tuple[Recipe, Path]]:
-        """What is not yet trained, who lends before who borrows."""
-        return sorted((one for one in todo if not Run(one[1]).is_trained()), key=lambda one: one[1] in lenders)
-
     for recipe, path in todo:
         if Run(path).is_trained():
             Run(path).begin(recipe, world_size=1)  # which refuses a run of another recipe
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
-    if jobs > 1:
-        _train_side_by_side(missing(), lenders, progress, jobs, threads)
-    with _num_threads(threads):  # on which the bits of a training depend
-        for recipe, path in missing():
-            _borrow_teacher(recipe, path, lenders.get(path))
-            train(recipe, path, progress)
-    runs = [Run(path) for _, path in todo]
+    missing = [one for one in todo if not Run(one[1]).is_trained()]
+    missing.sort(key=lambda one: one[1] in lenders)  # those that lend a teacher come before those that borrow it
+    run_all = _train_side_by_side if jobs > 1 else _train_one_by_one
+    failed = run_all(missing, lenders, progress, jobs)
+    runs = [Run(path) for _, path in todo if path not in failed]
     for run in runs:
         if run.read("evaluation.json") is None:
             evaluate_run(run.path)
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(todo)} trainings failed:\n"
+            + "\n".join(f"  {path}: {message}" for path, message in failed.items())
+            + "\nthe others are finished; the same call tries these again"
+        )
     return runs
 
 
-@contextmanager
-def _num_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _lenders(todo: list[tuple[Recipe, Path]]) -> dict[Path, tuple[Path, Path]]:
-    """For each run that need not train its own teacher, the run that does and the folder in which it then lies."""
+def _lenders(todo: list[Job]) -> Lenders:
     first = {repr(replace(recipe, name="")): (path, path) for recipe, path in todo}
-    lenders = {}
+    lenders: Lenders = {}
     for recipe, path in todo:
         if recipe.distill.trains_teacher:
             training = repr(replace(teacher_recipe(recipe), name=""))
@@ -95,6 +93,11 @@ def _lenders(todo: list[tuple[Recipe, Path]]) -> dict[Path, tuple[Path, Path]]:
             if lender[0] != path:
                 lenders[path] = lender
     return lenders
+
+
+def _has_teacher(path: Path, lender: tuple[Path, Path]) -> bool:
+    """Whether a run has begun a teacher of its own or can borrow a finished one."""
+    return (path / "teacher").exists() or Run(lender[1]).is_trained()
 
 
 def _borrow_teacher(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None) -> None:
@@ -108,22 +111,33 @@ def _borrow_teacher(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None
         Run(beside).write("recipe.json", to_dict(teacher_recipe(recipe)))
 
 
-def _train_side_by_side(
-    todo: list[tuple[Recipe, Path]],
-    lenders: dict[Path, tuple[Path, Path]],
-    progress: Progress,
-    jobs: int,
-    threads: int,
-) -> None:
-    """Each training in a process of its own, `jobs` at a time, with its share of the cores.
+def _train_one_by_one(todo: list[Job], lenders: Lenders, progress: Progress, jobs: int) -> dict[Path, str]:
+    """The failures, by run folder."""
+    failed: dict[Path, str] = {}
+    for recipe, path in todo:
+        lender = lenders.get(path)
+        if lender and lender[0] in failed and not _has_teacher(path, lender):
+            _note_failure(failed, path, NO_TEACHER.format(lender[0]))
+            continue
+        try:
+            _borrow_teacher(recipe, path, lender)
+            train(recipe, path, progress)
+        except ERRORS as error:
+            _note_failure(failed, path, str(error) or type(error).__name__)
+    return failed
 
-    Who borrows a teacher waits until the lender has finished. Their progress comes through a queue. When a training
-    fails, quietly, no more are begun: trying it again says why.
+
+def _train_side_by_side(todo: list[Job], lenders: Lenders, progress: Progress, jobs: int) -> dict[Path, str]:
+    """Each training in a process of its own, `jobs` at a time, with its share of the cores. Returns the failures.
+
+    A training that borrows a teacher waits until the lender has finished. Progress comes through a queue.
     """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = get_context("spawn")
     lines = spawn.Queue()
     waiting = list(todo)
     running: dict[Path, BaseProcess] = {}
+    failed: dict[Path, str] = {}
     before = signal.getsignal(signal.SIGTERM)
     with suppress(ValueError):  # not the main thread: signals go where they go
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trainings are ended with this one
@@ -133,21 +147,32 @@ def _train_side_by_side(
             ready = [one for one in waiting if lenders.get(one[1], (None,))[0] not in busy]
             for recipe, path in ready[: jobs - len(running)]:
                 waiting.remove((recipe, path))
-                arguments = (recipe, path, lenders.get(path), lines, threads)
+                lender = lenders.get(path)
+                if lender and lender[0] in failed and not _has_teacher(path, lender):
+                    _note_failure(failed, path, NO_TEACHER.format(lender[0]))
+                    continue
+                arguments = (recipe, path, lender, lines, threads)
                 running[path] = spawn.Process(target=_train_one, args=arguments)
                 running[path].start()
+            ended = [path for path, process in running.items() if not process.is_alive()]
             with suppress(Empty):
-                progress(lines.get(timeout=0.1))
-            if any(process.exitcode for process in running.values()):
-                waiting.clear()
-            if lines.empty():
-                running = {path: process for path, process in running.items() if process.is_alive()}
+                line = lines.get(timeout=0.1)
+                if line["kind"] == "failed":
+                    _note_failure(failed, line["path"], line["message"])
+                else:
+                    progress(line)
+            if lines.empty():  # with the last lines of those that have ended
+                for path in ended:
+                    code = running.pop(path).exitcode
+                    if code and path not in failed:
+                        _note_failure(failed, path, f"its process ended with exit code {code}")
     finally:
         for process in running.values():
             process.terminate()  # it saves its state and ends
             process.join()
         with suppress(ValueError):
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    return failed
 
 
 def _train_one(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None, lines: Queue, threads: int) -> None:
@@ -155,5 +180,12 @@ def _train_one(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None, lin
     try:
         _borrow_teacher(recipe, path, lender)
         train(recipe, path, lines.put)
-    except (KeyboardInterrupt, ValueError, RuntimeError, OSError):
+    except (*ERRORS, KeyboardInterrupt) as error:
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+        lines.put({"kind": "failed", "path": path, "message": message})
         sys.exit(1)
+
+
+def _note_failure(failed: dict[Path, str], path: Path, message: str) -> None:
+    failed[path] = message
+    logger.error("%s failed, the other trainings go on: %s", path, message)

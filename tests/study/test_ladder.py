@@ -1,6 +1,8 @@
 """A ladder: rungs by seeds, resumable, with teachers that are trained once and shared."""
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -73,3 +75,42 @@ def test_a_run_that_has_begun_its_own_teacher_keeps_it(tmp_path, rungs):
     before = (folder / "teacher" / "recipe.json").stat().st_mtime_ns
     run_ladder([replace(rung, seed=5) for rung in (soft, full)], tmp_path / "ladder", Lines())
     assert (folder / "teacher" / "recipe.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_training_that_fails_is_named_at_once_and_the_others_go_on(tmp_path, rungs, jobs, caplog):
+    soft, full, other = (tmp_path / f"{rung.name}-seed0" for rung in rungs)
+    soft.write_text("in the way of the run folder")
+    with pytest.raises(RuntimeError) as raised:
+        run_ladder(rungs, tmp_path, Lines(), jobs)
+    message = str(raised.value)
+    assert message.startswith("2 of 3 trainings failed:")
+    assert f"  {full}: its teacher is that of {soft}, which failed" in message
+    assert caplog.messages[0].startswith(f"{soft} failed, the other trainings go on: ")
+    assert Run(other).is_trained()
+    assert (other / "evaluation.json").exists()
+    soft.unlink()
+    assert [run.path for run in run_ladder(rungs, tmp_path, Lines())] == [soft, full, other]
+
+
+def test_a_process_that_is_killed_is_a_failure(tmp_path, rungs, monkeypatch):
+    monkeypatch.setattr("riformer.study.ladder._train_one", _killed)
+    with pytest.raises(RuntimeError, match="its process ended with exit code -9"):
+        run_ladder(rungs[:1], tmp_path, Lines(), jobs=2)
+
+
+def _killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_teacher_is_borrowed_from_a_run_that_failed_after_it(tmp_path, rungs):
+    soft, full = rungs[:2]
+    folder = tmp_path / f"{soft.name}-seed0"
+
+    def fails(line):
+        if line["run"] == str(folder):
+            raise RuntimeError("the student's first line")
+
+    with pytest.raises(RuntimeError, match=r"1 of 2 trainings failed"):
+        run_ladder([soft, full], tmp_path, fails)
+    assert Run(tmp_path / f"{full.name}-seed0").is_trained()
