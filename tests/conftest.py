@@ -1,6 +1,7 @@
 """One thread per test process: small models gain nothing from more, and lose much when the machine is shared."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from riformer.study import evaluation
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it runs in the background
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ class FakeHub:
         self.revisions: list[str | None] = []
         for name in ("create_repo", "file_exists", "upload_folder", "upload_file", "snapshot_download"):
             monkeypatch.setattr(HfApi, name, getattr(self, name))
+        monkeypatch.setattr("riformer.model.hub._is_reachable", lambda: True)
         monkeypatch.setattr("timm.models._hub.hf_hub_download", self.hf_hub_download)
 
     def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> SimpleNamespace:

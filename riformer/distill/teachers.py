@@ -3,6 +3,7 @@
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from riformer.model.checkpoint import read_file, shorten
 from riformer.model.description import read_description
 from riformer.model.gfnet import GFNet
+from riformer.model.hub import cache_if_offline
 from riformer.model.keys import unwrap
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import load
@@ -138,12 +140,14 @@ def open_model(reference: str, img_size: int = 0, pretrained: bool = True) -> nn
     if reference.startswith("timm:"):
         name, _, file = reference.removeprefix("timm:").partition("@")
     args: dict[str, Any] = {}
+    is_fetched = name.startswith("hf-hub:") or (pretrained and not file and not name.startswith("local-dir:"))
     try:
-        if img_size and takes(name, "img_size"):
-            args["img_size"] = img_size
-        if file and pretrained:
-            args |= _weights_of_file(name, file)
-        model = timm.create_model(name, pretrained=pretrained, **args)
+        with cache_if_offline() if is_fetched else nullcontext():
+            if img_size and takes(name, "img_size"):
+                args["img_size"] = img_size
+            if file and pretrained:
+                args |= _weights_of_file(name, file)
+            model = timm.create_model(name, pretrained=pretrained, **args)
     except (RuntimeError, OSError, AssertionError, LookupError, TypeError) as error:  # of timm, the Hub or the system
         raise ValueError(shorten(f"{reference}: {error}", 2000)) from error
     model.pretrained_cfg.pop("state_dict", None)

@@ -4,9 +4,12 @@ Exporters belong in this folder, one file for each target. The functions below t
 OpenVINO then move there, and the table `ENGINES` uses them.
 """
 
+import ctypes
+import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +81,28 @@ def openvino(model: nn.Module, example: Tensor, precision: str) -> Runner:
         if precision == "int8":
             graph = _onnx(model, example, Path(folder), quantised=True)
         converted = ov.convert_model(graph, example_input=example if graph is model else None)
-        request = ov.Core().compile_model(converted, "CPU", hints).create_infer_request()
+        with same_signal_stack():
+            request = ov.Core().compile_model(converted, "CPU", hints).create_infer_request()
     return lambda images: torch.from_numpy(request.infer([images.numpy()], share_inputs=True)[0])
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Gives the thread back its alternate signal stack, for code that compiles a network with OpenVINO.
+
+    OpenVINO's CPU plugin sets one for each compiled network and restores the one before when the network is freed. If
+    networks are freed in the order of their creation, the one before is freed memory, and Python's next signal, such as
+    Ctrl-C or the end of a data worker, ends the process with a segmentation fault.
+    """
+    if os.name == "nt":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # a stack_t, which has 24 bytes on Linux
+    libc.sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        libc.sigaltstack(before, None)
 
 
 def ours(model: nn.Module, example: Tensor, precision: str) -> Runner:

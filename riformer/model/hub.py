@@ -1,15 +1,37 @@
 """Models on the Hugging Face Hub: fetched from there, and pushed to it as timm reads them."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_session
 from torch import nn
 
 from riformer.model.checkpoint import shorten
 from riformer.model.weights import CARD, CONFIG, WEIGHTS, load
 
 _NAME = r"[\w.-]+/[\w.-]+"
+CONNECT_SECONDS = 5
+
+
+@contextmanager
+def cache_if_offline() -> Iterator[None]:
+    """Where the Hub cannot be reached, its client reads from its cache alone. By itself it would retry for a minute."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _is_reachable()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _is_reachable() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception:  # of the client's HTTP library, which differs between its versions
+        return False
+    return True
 
 
 def from_pretrained(reference: str | Path) -> nn.Module:
@@ -32,7 +54,8 @@ def from_pretrained(reference: str | Path) -> nn.Module:
     if not match:
         raise ValueError(f"reference is {text!r}, where no folder is; it must be one, or hf-hub:OWNER/NAME on the Hub")
     try:
-        folder = HfApi().snapshot_download(match[1], revision=match[2], allow_patterns=[CONFIG, WEIGHTS])
+        with cache_if_offline():
+            folder = HfApi().snapshot_download(match[1], revision=match[2], allow_patterns=[CONFIG, WEIGHTS])
     except Exception as error:  # of the Hub, of the client's HTTP library, or of the system
         raise ValueError(
             f"reference is {text!r}, where no folder is, and the Hub gave no such model: {shorten(str(error), 500)}\n"

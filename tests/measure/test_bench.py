@@ -1,3 +1,4 @@
+import ctypes
 import json
 from pathlib import Path
 
@@ -155,6 +156,22 @@ def test_networks_by_name_arguments_or_path(tmp_path):
     saved = timm.create_model("riformer_micro", num_classes=4)
     save(saved, tmp_path / "saved")
     assert open_network(str(tmp_path / "saved")).num_classes == 4
+
+
+def signal_stack():
+    stack = ctypes.create_string_buffer(64)
+    assert ctypes.CDLL(None).sigaltstack(None, stack) == 0
+    return stack.raw
+
+
+def test_networks_of_openvino_leave_no_freed_signal_stack_behind():
+    """Otherwise the next signal that Python handles ends the process."""
+    before = signal_stack()
+    first, second = (backends.openvino(torch.nn.Linear(4, 4), torch.zeros(1, 4), "fp32") for _ in range(2))
+    assert signal_stack() == before
+    del first
+    del second
+    assert signal_stack() == before
 
 
 def test_int8_without_its_engine_is_explained(monkeypatch):

@@ -13,6 +13,7 @@ from tiny import images, randomised
 from torch.testing import assert_close
 
 import riformer
+from riformer.export.engines import same_signal_stack
 from riformer.model.gfnet import GFNet
 from riformer.model.variants import GFNETS
 from riformer.model.weights import convert, fit_state, identify
@@ -116,7 +117,8 @@ def in_onnx(model: torch.nn.Module, x: torch.Tensor, folder: Path) -> torch.Tens
 @torch.no_grad()
 def in_openvino(model: torch.nn.Module, x: torch.Tensor, folder: Path) -> torch.Tensor:
     converted = openvino.convert_model(model, example_input=x)  # by tracing: from torch.export it knows no FFT
-    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with same_signal_stack():
+        compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.from_numpy(compiled(x.numpy())[0])
 
 

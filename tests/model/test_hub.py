@@ -1,16 +1,18 @@
 """Sharing: what timm reads from a folder and from the Hub is what was saved, bit for bit, with all that is noted."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from fake_hub import FakeHub
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from tiny import images, randomised, tiny
 
 import riformer
+from riformer.distill.teachers import open_model
 from riformer.model.fuse import FORMS
 from riformer.model.hub import from_pretrained, push
 from riformer.model.weights import load, save, save_pretrained
@@ -141,3 +143,17 @@ def test_from_pretrained_says_what_is_missing(hub, tmp_path):
 def test_public_names():
     assert riformer.from_pretrained is from_pretrained
     assert riformer.save_pretrained is save_pretrained
+
+
+@pytest.mark.parametrize(
+    "read", [from_pretrained, open_model, lambda reference: open_model("timm:resnet10t")], ids=["model", "hub", "timm"]
+)
+def test_a_hub_out_of_reach_is_given_up_at_once(read, monkeypatch):
+    """Nothing listens on that port. Left alone, the client tries six times, for 23 seconds or more."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"me/net|timm:resnet10t"):
+        read("hf-hub:me/net")
+    assert time.monotonic() - began < 10
+    assert not constants.HF_HUB_OFFLINE

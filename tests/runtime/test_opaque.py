@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 
 import riformer
+from riformer.export.engines import same_signal_stack
 from riformer.runtime.native import supported
 
 needs_native = pytest.mark.skipif(not supported(), reason="the native network is for x86-64 with AVX2, on Linux")
@@ -49,7 +50,8 @@ def _onnx(network, x, dynamo):
 
 def _openvino(network, x):
     converted = openvino.convert_model(network, example_input=x)
-    compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with same_signal_stack():
+        compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.from_numpy(compiled([x.numpy()])[0])
 
 
