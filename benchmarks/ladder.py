@@ -77,11 +77,11 @@ def s12() -> Recipe:
 
 
 def smoke(base: Recipe) -> Recipe:
-    """One epoch on the built-in digits with the smallest network of as many stages, which is not compiled."""
+    """One epoch on the built-in digits, 16 px, with the smallest network of as many stages, which is not compiled."""
     stages = len(VARIANTS[base.model.name]["depths"])
     model = replace(base.model, depths=(1,) * stages, dims=(16,) * stages)
     optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=250, compile=False)
-    data = replace(base.data, name="digits", root="", num_workers=0)
+    data = replace(base.data, name="digits", root="", img_size=16, num_workers=0)
     return replace(base, data=data, model=model, teacher=replace(base.teacher, epochs=1), optim=optim)
 
 

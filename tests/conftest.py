@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_digits import few_digits
 
 from riformer.config import DataConfig
+from riformer.data import builtin
 from riformer.data.dataset import open_dataset
 from riformer.study import evaluation
 
@@ -44,4 +46,11 @@ def _short_measurements() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "SPEED_ROUNDS", 3)
         patch.setattr(evaluation, "SPEED_SECONDS", 0.001)
+        yield
+
+
+@pytest.fixture(scope="module")
+def _few_digits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin, "digits", few_digits)
         yield

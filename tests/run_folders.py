@@ -241,9 +241,9 @@ def speed_report_of(*files: Path) -> str:
 def small_ladder(
     folder: Path, rungs: Sequence[str], times: int = 1, seeds: Sequence[int] = (0,), name: str = ""
 ) -> None:
-    """Trains rungs of the quickstart for an epoch of two steps; `name` is the recipe's, instead of quickstart."""
+    """Trains rungs of the quickstart for an epoch of two steps of few_digits; `name` is the recipe's."""
     base = quickstart()
-    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=500)
+    optim = replace(base.optim, epochs=1, warmup_epochs=0, batch_size=100)
     base = replace(base, optim=optim, teacher=replace(base.teacher, epochs=1), name=name or base.name)
     recipes = [RUNGS[rung](at_budget(replace(base, seed=seed), times)) for seed in seeds for rung in rungs]
     run_ladder(recipes, folder, lambda line: None)

@@ -120,7 +120,7 @@ def test_the_ladder_of_s12_runs_small(tmp_path, run_script, monkeypatch):
     (run,) = (tmp_path / "runs" / "ladder").glob("glyphs-s12-1x-seed0")
     recipe = Run(run).recipe()
     assert (recipe.model.name, recipe.optim.precision) == ("riformer_s12", "bf16")
-    assert (recipe.optim.channels_last, recipe.augment.policy, recipe.data.img_size) == (True, "warp", 64)
+    assert (recipe.optim.channels_last, recipe.augment.policy) == (True, "warp")
     assert "| full | 75.36 |" in output
 
 

@@ -25,7 +25,7 @@ def tiny_recipe(epochs: int = 3, seed: int = 0) -> Recipe:
         data=DataConfig(name="digits", img_size=8, crop_pct=1.0, num_workers=0),
         augment=AugmentConfig(mixup=0.0, cutmix=0.0),
         model=ModelConfig(depths=(1, 1), dims=(8, 8), stem_patch=2, stem_stride=2),
-        optim=OptimConfig(lr=1e-2, epochs=epochs, warmup_epochs=0, batch_size=200),
+        optim=OptimConfig(lr=1e-2, epochs=epochs, warmup_epochs=0, batch_size=40),
         seed=seed,
     )
 

@@ -7,6 +7,7 @@ layer scales and affines count nothing.
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 from itertools import chain
 from math import log2, prod
 from typing import Any
@@ -101,9 +102,13 @@ def _published_seconds(name: str, img_size: int) -> float:
     seconds = 1 / IMAGES_PER_S[measured]
     if (name, img_size) == (measured, 224):
         return seconds
+    return seconds * _macs(name, img_size) / _macs(measured, 224)
+
+
+@cache
+def _macs(name: str, img_size: int) -> int:
     with torch.device("meta"):
-        macs, measured_macs = (count_macs(timm.create_model(n), s) for n, s in ((name, img_size), (measured, 224)))
-    return seconds * macs / measured_macs
+        return count_macs(timm.create_model(name), img_size)
 
 
 def _norm_flops(x_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:

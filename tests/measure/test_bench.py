@@ -34,13 +34,10 @@ def network():
 
 @pytest.mark.parametrize(("name", "precision"), [*PRECISIONS, ("compile", "fp32"), ("compile-collapsed", "bf16")])
 def test_every_engine_computes_the_same(network, name, precision):
-    for num in (1, 3):
-        batch = images(num, 3, 32, 32)
-        with torch.inference_mode():
-            report = compare(network, ENGINES[name].build(network, batch, precision), [batch])
-        assert report.max_rel < BARS[precision]
-        if name.startswith("compile"):
-            break  # once is enough to wait for
+    batch = images(3, 3, 32, 32)
+    with torch.inference_mode():
+        report = compare(network, ENGINES[name].build(network, batch, precision), [batch])
+    assert report.max_rel < BARS[precision]
 
 
 def test_a_wrong_engine_shows_in_its_row(monkeypatch):

@@ -33,6 +33,8 @@ from riformer.pages.style import drawing, one_line, readable, svg
 
 TAME = {kind: f"tame-{i:02}" for i, kind in enumerate(NAMES)}
 
+pytestmark = pytest.mark.usefixtures("_few_digits")
+
 
 def report(folder: Path, names: dict[str, str]) -> str:
     """A page with these names in every place for user text: recipes, data sets, classes, left-out files, samples."""

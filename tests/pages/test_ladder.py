@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 from riformer.pages.ladder import receptive_field, write_ladder_report
 
+pytestmark = pytest.mark.usefixtures("_few_digits")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -100,10 +100,10 @@ def test_two_processes_with_unequal_shares_count_as_one(tmp_path):
     logits, labels = logits_and_labels(4)
     logits[1] = torch.nan
     alone = evaluate(Table(), [(logits, labels)], num_classes=7)
-    spawn = get_context("spawn")
-    pipes = [spawn.Pipe(duplex=False) for _ in range(2)]
+    server = get_context("forkserver")
+    pipes = [server.Pipe(duplex=False) for _ in range(2)]
     processes = [
-        spawn.Process(target=evaluate_share, args=(rank, tmp_path / "store", sending))
+        server.Process(target=evaluate_share, args=(rank, tmp_path / "store", sending))
         for rank, (_, sending) in enumerate(pipes)
     ]
     for process in processes:
