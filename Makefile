@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart
 
-.PHONY: help quickstart test timm-tests ladder-smoke ci lint format types resume-trials install clean
+.PHONY: help quickstart test slow-tests timm-tests ladder-smoke ci lint format types resume-trials install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -16,8 +16,11 @@ quickstart: install ## trains, compares, fuses, evaluates, predicts and reports 
 	$(BIN)/riformer predict $(RUNS)/riformer-digits.safetensors examples/digits --top-k 2
 	$(BIN)/riformer report $(RUNS)
 
-test: install ## all tests
-	$(BIN)/pytest -n 2
+test: install ## the tests, in minutes
+	$(BIN)/pytest -n 2 -m "not slow"
+
+slow-tests: install ## what `make test` leaves out: large networks, compilers, kills, benchmarks
+	$(BIN)/pytest -n 2 -m slow
 
 timm-tests: install ## timm's own model tests on these models; fetches timm's source distribution, once
 	$(BIN)/python tests/timm_suite.py
@@ -27,7 +30,7 @@ ladder-smoke: install ## two rungs and two seeds of a ladder on the built-in dig
 		--optim.epochs 3 --optim.warmup-epochs 0 --teacher.epochs 3
 	$(BIN)/riformer report --ladder runs/ladder-smoke
 
-ci: lint types test ladder-smoke timm-tests ## what a change must pass
+ci: lint types test slow-tests ladder-smoke timm-tests ## what a change must pass
 
 lint: install ## style, imports pointing one way, comparisons whose result is dropped
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ def run_script(capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_measures_prints_and_keeps(tmp_path, script, run_script):
     files = [tmp_path / name for name in SCRIPTS[script]]

@@ -31,6 +31,7 @@ def test_the_readme_has_the_blocks_that_these_tests_run():
     assert len(SHELL) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON, ids=["python", "backbone"])
 def test_python_examples_run(code):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -89,6 +90,7 @@ def test_the_quickstart_of_the_makefile_runs(tmp_path, run_all):
     assert (tmp_path / "runs/quickstart/riformer-digits.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_commands_for_own_images_run(tmp_path, image_folder, run_all):
     (tmp_path / "more-photos").mkdir()
     image = next(image_folder.rglob("*.png"))

@@ -85,6 +85,7 @@ def test_published_rows_are_those_of_published_py():
         assert RECIPES[name]().name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_row_says_its_command_cost_and_result(name):
     text = RECIPES[name].__doc__

@@ -185,7 +185,7 @@ def test_training_and_evaluation_are_refused_before_they_hang():
 
 
 def with_workers(num_workers=2):
-    recipe = plain(epochs=3)
+    recipe = plain(epochs=3, batch_size=200)
     return replace(recipe, data=replace(recipe.data, num_workers=num_workers))
 
 

@@ -22,6 +22,10 @@ QUICK = dict(batch_sizes=[2], img_sizes=[32], threads=[1], rounds=3, seconds=0.0
 BARS = {"fp32": 1e-5, "bf16x3": 5e-5, "bf16": 3e-2, "fp16": 3e-2, "int8": 0.2}
 PRECISIONS = [(name, p) for name, engine in ENGINES.items() for p in engine.precisions if "compile" not in name]
 
+COMPILED = [
+    pytest.param(*pair, marks=pytest.mark.slow) for pair in (("compile", "fp32"), ("compile-collapsed", "bf16"))
+]
+
 
 def entries(*names):
     return [Competitor("riformer_micro", name, "fp32") for name in names]
@@ -32,7 +36,7 @@ def network():
     return open_network("riformer_micro:num_classes=7")
 
 
-@pytest.mark.parametrize(("name", "precision"), [*PRECISIONS, ("compile", "fp32"), ("compile-collapsed", "bf16")])
+@pytest.mark.parametrize(("name", "precision"), [*PRECISIONS, *COMPILED])
 def test_every_engine_computes_the_same(network, name, precision):
     batch = images(3, 3, 32, 32)
     with torch.inference_mode():
@@ -134,6 +138,7 @@ def test_the_peak_is_a_rate():
     assert product_peak(torch.float32, torch.device("cpu"))() > 1e8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
 def test_memory_grows_with_the_network():
     small, large = (

@@ -35,6 +35,7 @@ def files(folder) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_built_without_data_and_weights(name):
     """On the meta device, where networks of any size take no memory."""

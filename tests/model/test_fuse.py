@@ -47,7 +47,7 @@ def test_exact(transform, mixer, dtype, tolerance):
 
 
 @pytest.mark.parametrize("mixer", FUSIBLE)
-@pytest.mark.parametrize("size", ["riformer_s12", "riformer_m36"])
+@pytest.mark.parametrize("size", ["riformer_s12", pytest.param("riformer_m36", marks=pytest.mark.slow)])
 def test_exact_at_real_size(size, mixer):
     model = randomised(timm.create_model(size, mixer=mixer))
     x = images(1, 3, 64, 64)

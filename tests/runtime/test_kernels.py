@@ -13,6 +13,7 @@ from riformer.runtime import kernels
 from riformer.runtime.optimize import optimize
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     file = Path(__file__).with_name("kernels_in_interpreter.py")
     done = subprocess.run(

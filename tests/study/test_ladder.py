@@ -6,17 +6,33 @@ import signal
 from dataclasses import replace
 
 import pytest
+from few_digits import few_digits
 
+from riformer.data import builtin
 from riformer.recipes import RECIPES, RUNGS
+from riformer.study import ladder
 from riformer.study.ladder import run_ladder
 from riformer.train.loop import train
 from riformer.train.run import Run
+
+real_train_one = ladder._train_one
+
+
+def _train_one(*arguments):
+    """What runs in the processes of a ladder, on few digits as here."""
+    builtin.digits = few_digits
+    real_train_one(*arguments)
+
+
+@pytest.fixture(autouse=True)
+def _fast(_few_digits, monkeypatch):
+    monkeypatch.setattr(ladder, "_train_one", _train_one)
 
 
 @pytest.fixture(scope="module")
 def rungs():
     recipe = RECIPES["quickstart"]()
-    optim = replace(recipe.optim, epochs=1, warmup_epochs=0.0, batch_size=250)
+    optim = replace(recipe.optim, epochs=1, warmup_epochs=0.0, batch_size=50)
     recipe = replace(recipe, optim=optim, teacher=replace(recipe.teacher, epochs=1))
     other = replace(recipe, name="other", teacher=replace(recipe.teacher, mixer="pooling"))
     return [*(RUNGS[name](recipe) for name in ("soft", "full")), RUNGS["soft"](other)]

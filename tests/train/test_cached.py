@@ -116,6 +116,7 @@ def test_augmentations_in_turns_and_the_squeeze_change_what_is_learned(tmp_path,
     assert "teacher_batches" not in lines(tmp_path / "anew")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(int(os.environ.get("RESUME_TRIALS", 1))))
 def test_killed_at_random_moments_a_cached_run_resumes_bit_for_bit(tmp_path, teacher, whole, trial):
     moments = random.Random(trial)

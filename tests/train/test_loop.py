@@ -130,6 +130,7 @@ def whole(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("trial", range(int(os.environ.get("RESUME_TRIALS", 1))))
 def test_killed_at_random_moments_a_run_resumes_bit_for_bit(tmp_path, whole, world_size, trial):
