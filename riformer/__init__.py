@@ -7,7 +7,8 @@ from riformer.model import variants as variants
 from riformer.model.fuse import fold, fuse
 from riformer.model.hub import from_pretrained
 from riformer.model.metaformer import MetaFormer
-from riformer.model.weights import load, save, save_pretrained, start_from
+from riformer.model.start import start_from
+from riformer.model.weights import load, save, save_pretrained
 from riformer.runtime.optimize import optimize
 from riformer.version import __version__
 

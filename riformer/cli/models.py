@@ -77,16 +77,18 @@ def predict_verb(argv: list[str]) -> int:
     headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
     table = Table(Column("image", overflow="fold"), *headings)
     quiet = options.json or not errors.is_terminal
-    for prediction in track(predictions, total=len(images), console=errors, transient=True, disable=quiet):
-        failed |= bool(prediction.error)
-        if options.json:
-            console.out(json.dumps(_as_json(prediction)), highlight=False)
-        elif prediction.error:
-            errors.print(prediction.error, soft_wrap=True)
-        else:
-            table.add_row(prediction.path, *[f"{name} {probability:.1%}" for name, probability in prediction.classes])
-    if table.rows:
-        console.print(table)
+    try:
+        for prediction in track(predictions, total=len(images), console=errors, transient=True, disable=quiet):
+            failed |= bool(prediction.error)
+            if options.json:
+                console.out(json.dumps(_as_json(prediction)), highlight=False)
+            elif prediction.error:
+                errors.print(prediction.error, soft_wrap=True)
+            else:
+                table.add_row(prediction.path, *[f"{name} {share:.1%}" for name, share in prediction.classes])
+    finally:  # with what was labelled before an error or Ctrl-C
+        if table.rows:
+            console.print(table)
     return int(failed)
 
 

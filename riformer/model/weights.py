@@ -1,4 +1,4 @@
-"""Weights in and out: strict loading, the start from other weights, and this package's own files and folders.
+"""Weights in and out: strict loading, and this package's own files and folders.
 
 A saved file or folder describes the model it holds, and has checksums that every load compares.
 """
@@ -18,9 +18,7 @@ from riformer.atomic import recover, replace_file, replace_folder
 from riformer.model.checkpoint import CONFIG_KEY, Checkpoint, checksums, read_file, shorten, text_sum
 from riformer.model.checkpoint import read_checkpoint as read_checkpoint
 from riformer.model.description import MAX_CHARACTERS, Description, check_size, config_text, read_description
-from riformer.model.keys import fit_state, to_timm_keys
-from riformer.model.metaformer import LayerScale
-from riformer.model.mixers import Affine, Identity
+from riformer.model.keys import to_timm_keys
 from riformer.model.variants import identify
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the Hub's file names, which timm expects
@@ -57,94 +55,6 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(shorten(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {listed}"))
-
-
-def start_from(student: nn.Module, teacher_state: Mapping[str, Tensor] | nn.Module) -> None:
-    """Gives the student every tensor of its module teacher but the mixers' (the paper's weight initialisation).
-
-    The student's own mixers keep their fresh values, and so does a classifier for another number of classes. Where the
-    teacher is given as a model, affines of the student take the value of its identity mixers, s = 2 and t = 0.
-
-    Args:
-        student: any network of this package.
-        teacher_state: the teacher's state dict, or the teacher.
-
-    Raises:
-        ValueError: anything else differs between the two.
-    """
-    mixers = {key: tensor for key, tensor in student.state_dict().items() if ".token_mixer." in key}
-    added = _training_form(teacher_state, student) if isinstance(teacher_state, nn.Module) else {}
-    taken = {key: value for key, value in _state_of(teacher_state, student).items() if ".token_mixer." not in key}
-    source = "module teacher, from whose weights the student is to start,"
-    load_strict(student, {**mixers, **added, **taken, **_other_classifier(student, taken)}, source)
-
-
-def start_at(model: nn.Module, start: Mapping[str, Tensor] | nn.Module, source: str) -> None:
-    """Gives the model the weights that training is to start from: global filters and GFNet's positions resampled.
-
-    A classifier for another number of classes keeps its fresh values. A start in deploy form, given as a model, fits a
-    model in training form: an identity mixer is the affine s = 2, t = 0, and no layer scale is the scale 1. A start
-    that computes something else than the model with its weights is reported by a warning.
-
-    Args:
-        model: the model to train.
-        start: a state dict, or the model that has the weights.
-        source: what messages call the start.
-
-    Raises:
-        ValueError: anything else differs.
-    """
-    state = _state_of(start, model)
-    if isinstance(start, nn.Module):
-        state = {**_training_form(start, model), **state}
-    other = _other_classifier(model, state)
-    load_strict(model, {**state, **other}, source)
-    if isinstance(start, nn.Module) and not other:
-        _warn_of_another_function(model, start, source)
-
-
-def _state_of(given: Mapping[str, Tensor] | nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    return fit_state(given.state_dict() if isinstance(given, nn.Module) else given, model)
-
-
-def _training_form(start: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """What the training form `model` has and the deploy form `start` lacks, with values that compute the same."""
-    added: dict[str, Tensor] = {}
-    modules = dict(start.named_modules())
-    for name, module in model.named_modules():
-        if isinstance(module, Affine) and isinstance(modules.get(name), Identity):
-            added[f"{name}.weight"] = torch.full_like(module.weight, 2)
-            added[f"{name}.bias"] = torch.zeros_like(module.bias)
-        elif isinstance(module, LayerScale) and isinstance(modules.get(name), nn.Identity):
-            added[f"{name}.scale"] = torch.ones_like(module.scale)
-    return added
-
-
-@torch.no_grad()
-def _warn_of_another_function(model: nn.Module, start: nn.Module, source: str) -> None:
-    """Logs a warning when the two models give different logits."""
-    outputs = []
-    image = torch.randn(1, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
-    for network in (model, start):
-        training = {module: module.training for module in network.modules()}
-        outputs.append(network.eval()(image.to(next(network.parameters()))).cpu().double())
-        for module, mode in training.items():
-            module.training = mode
-    difference = ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max().clamp_min(1e-12)).item()
-    if not difference <= 1e-3:
-        logger.warning(
-            "%s computes another function than the model that starts from its weights: logits differ by %.0f %% of the "
-            "largest (a timm PoolFormer averages before the head's norm, as pool_first=True does; another image size "
-            "resamples filters)", source, 100 * difference
-        )  # fmt: skip
-
-
-def _other_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's own classifier, where the one in `state` is for another number of classes."""
-    classifier = model.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-    own = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] in heads}
-    return {key: tensor for key, tensor in own.items() if key in state and state[key].shape != tensor.shape}
 
 
 def save(model: nn.Module, path: str | Path) -> Path:

@@ -272,9 +272,10 @@ def _preprocessing(model: nn.Module) -> str:
     share = f"{used.crop_pct:.4g} of {'the side' if height == width else 'each side'}"
     crop = _CROPS.get(used.crop_mode, _CROPS["center"]).format(interpolation=used.interpolation, share=share)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (used.mean, used.std))
+    values = "grey" if channels == 1 else "RGB"
     return (
-        f"RGB values in 0..1; {crop} {channels} × {height} × {width}; minus mean ({mean}), divided by std ({std}). All "
-        f"of this is in config.json, where timm reads it."
+        f"{values} values in 0..1; {crop} {channels} × {height} × {width}; minus mean ({mean}), divided by std ({std})"
+        f". All of this is in config.json, where timm reads it."
     )
 
 

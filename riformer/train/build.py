@@ -18,7 +18,7 @@ from riformer.data.orders import read_class_names
 from riformer.distill.imitation import Imitation, match_blocks
 from riformer.distill.objective import IMITATION, Objective
 from riformer.distill.teachers import Ensemble, Teacher, build_teacher, open_model, takes
-from riformer.model.weights import start_at, start_from
+from riformer.model.start import start_at, start_from
 from riformer.recipes import teacher_recipe
 from riformer.train.outputs import teacher_cache
 from riformer.train.run import Run

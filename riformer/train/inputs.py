@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from riformer.config import Recipe
 from riformer.data.batches import eval_batches, preprocessing
 from riformer.data.dataset import Dataset, ImageList
 from riformer.data.orders import ORDERS, top1_in_order
 from riformer.distill.cache import fingerprint
 from riformer.distill.teachers import Ensemble, Teacher, class_names
-from riformer.train.evaluate import evaluate
+from riformer.model.start import classifier_names
+from riformer.train.evaluate import Evaluation, evaluate
 from riformer.train.run import Run
 from riformer.train.step import Training
 
@@ -73,13 +76,10 @@ def check_teachers(training: Training, data: Dataset, rank: int = 0, world_size:
             trained on other classes, or on the same in another order. `distill.trust_teacher` accepts it all the same.
     """
     recipe = training.recipe
-    images = _spread_over(data.splits["val"], MAX_IMAGES)
     for name, teacher in logit_teachers(training).items():
         if name == "own":
             continue
-        size = max(1, recipe.optim.batch_size // world_size // recipe.optim.accumulation)
-        batches = eval_batches(images, preprocessing(recipe.data), size, 0, rank, world_size)
-        result = evaluate(teacher, batches, len(data.classes), recipe.optim.precision)
+        result = _measure(teacher, recipe, data, rank, world_size)
         logger.info("teacher %s: top-1 %.2f %% on %d validation images", name, result.top1, result.num_images)
         problem = "" if class_names(teacher.model) else wrong_order(result.confusion, data.classes, result.num_images)
         problem = problem or _near_chance(result.top1 / 100, len(data.classes), result.num_images)
@@ -94,18 +94,54 @@ def check_teachers(training: Training, data: Dataset, rank: int = 0, world_size:
             )
 
 
+@torch.no_grad()
+def order_start(model: nn.Module, recipe: Recipe, data: Dataset, rank: int = 0, world_size: int = 1) -> None:
+    """Puts the classifier's rows into the data's order, where the start of a training clearly has another usual one.
+
+    Choice: a start is mended where a teacher is refused, because the training goes on to correct what is wrong with it.
+    """
+    own_teacher = recipe.distill.module_teacher == "own"
+    if not recipe.model.start and (own_teacher or not recipe.distill.start_from_teacher):
+        return
+    result = _measure(model, recipe, data, rank, world_size)
+    problem, order = _better_order(result.confusion, data.classes, result.num_images)
+    if not problem:
+        return
+    logger.warning("the start: %s. Its classifier is put into the data's order", problem)
+    state = model.state_dict()
+    rows = [order.index(name) for name in data.classes]
+    for key, tensor in state.items():
+        if key.rpartition(".")[0] in classifier_names(model):
+            tensor.copy_(tensor[rows].clone())
+
+
+def _measure(model: nn.Module, recipe: Recipe, data: Dataset, rank: int, world_size: int) -> Evaluation:
+    images = _spread_over(data.splits["val"], MAX_IMAGES)
+    size = max(1, recipe.optim.batch_size // world_size // recipe.optim.accumulation)
+    batches = eval_batches(images, preprocessing(recipe.data), size, 0, rank, world_size)
+    return evaluate(model, batches, len(data.classes), recipe.optim.precision)
+
+
 def wrong_order(confusion: dict[int, dict[int, int]], classes: tuple[str, ...], num_images: int) -> str:
     """Why the model's outputs seem to mean the classes in another order than `classes`; empty where they do not."""
+    return _better_order(confusion, classes, num_images)[0]
+
+
+def _better_order(
+    confusion: dict[int, dict[int, int]], classes: tuple[str, ...], num_images: int
+) -> tuple[str, list[str]]:
+    """What `wrong_order` returns, and the other order."""
     own = top1_in_order(confusion, classes, classes) / num_images
     for name, order in ORDERS.items():
-        other = top1_in_order(confusion, classes, order(classes)) / num_images
+        ordered = order(classes)
+        other = top1_in_order(confusion, classes, ordered) / num_images
         error = sqrt((own * (1 - own) + other * (1 - other)) / num_images)
         if other > own + 3 * error and other > own + 0.02:
             return (
                 f"its top-1 is {own:.2%} with the data's order of classes ({', '.join(classes[:3])}, ...), but "
-                f"{other:.2%} with {name} ({', '.join(order(classes)[:3])}, ...)"
-            )
-    return ""
+                f"{other:.2%} with {name} ({', '.join(ordered[:3])}, ...)"
+            ), ordered
+    return "", list(classes)
 
 
 def _near_chance(top1: float, num_classes: int, num_images: int) -> str:

@@ -36,7 +36,7 @@ from riformer.train.distributed import (
     share_buffers,
 )
 from riformer.train.evaluate import evaluate
-from riformer.train.inputs import check_teachers, record_inputs
+from riformer.train.inputs import check_teachers, order_start, record_inputs
 from riformer.train.outputs import origin, teacher_cache
 from riformer.train.run import Run
 from riformer.train.step import LogitLookup, autocast, build, step
@@ -128,6 +128,8 @@ def _train(recipe: Recipe, run: Run, data: Dataset, group: Group, progress: Call
 
     # networks, objective, optimiser
     def initialise(model: nn.Module, module_teacher: Teacher | None) -> None:
+        if not state:
+            order_start(model, recipe, data, rank, world_size)
         if recipe.research.fit_affine_batches and module_teacher and not state:
             first = chain.from_iterable(islice(batches.epoch(0), recipe.research.fit_affine_batches))
             fit_affines(model, module_teacher, (images.to(device) for images, _, _ in first), mean_over_processes)

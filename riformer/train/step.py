@@ -21,7 +21,7 @@ from riformer.data.dataset import Dataset
 from riformer.distill.imitation import Imitation
 from riformer.distill.objective import Objective
 from riformer.distill.teachers import Ensemble, Teacher, open_model
-from riformer.model.weights import start_at, start_from
+from riformer.model.start import start_at, start_from
 from riformer.train.build import build_imitation, build_model, build_objective, build_optimizer, build_teachers
 from riformer.train.distributed import average_gradients, gather, mean_over_processes
 from riformer.train.run import Run

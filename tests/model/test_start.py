@@ -8,7 +8,8 @@ from tiny import images, randomised, tiny
 import riformer
 from riformer import cli
 from riformer.distill.teachers import open_model
-from riformer.model.weights import load, save, start_at, start_from
+from riformer.model.start import start_at, start_from
+from riformer.model.weights import load, save
 
 DEPLOYED = {"deploy": riformer.fuse, "folded": riformer.fold}
 
@@ -67,3 +68,21 @@ def test_a_start_that_computes_something_else_is_reported(caplog):
         tiny(mixer="pooling", **{**args, "num_classes": 3}), start, "my start"
     )  # another classifier is no surprise
     assert not caplog.records
+
+
+@pytest.mark.parametrize("start", [start_at, lambda model, other, source: start_from(model, other)])
+def test_a_classifier_is_matched_by_class_names(start, caplog):
+    def named(*names, seed=0):
+        return randomised(tiny(num_classes=len(names), pretrained_cfg_overlay={"label_names": names}), seed)
+
+    model, other = named("ant", "bee", "cow", seed=1), named("cow", "dog", "ant", "bee")
+    start(model, other, "start")
+    for tensor in ("weight", "bias"):
+        assert torch.equal(getattr(model.head.fc, tensor), getattr(other.head.fc, tensor)[[2, 3, 0]])
+    model = named("ant", "bee", "elk", "fox", seed=1)
+    fresh = model.head.fc.weight.clone()
+    with caplog.at_level("INFO", "riformer"):
+        start(model, other, "start")
+    assert torch.equal(model.head.fc.weight, fresh)
+    assert torch.equal(model.stem.conv.weight, other.stem.conv.weight)
+    assert "does not know the class elk: the classifier starts fresh" in caplog.text

@@ -17,6 +17,7 @@ from tiny import SIZE, images, randomised, tiny
 
 import riformer
 from riformer.model import weights
+from riformer.model.start import start_from
 from riformer.model.variants import VARIANTS
 from riformer.model.weights import (
     convert,
@@ -26,7 +27,6 @@ from riformer.model.weights import (
     read_checkpoint,
     save,
     save_pretrained,
-    start_from,
     to_timm_keys,
 )
 

@@ -10,7 +10,9 @@ from train.test_loop import losses, plain
 
 import riformer
 from riformer.config import DistillConfig
+from riformer.data.dataset import open_dataset
 from riformer.data.orders import natural_order
+from riformer.train.inputs import order_start
 from riformer.train.loop import train
 
 WORDS = tuple(str(number) for number in range(1, 13))  # natural: 1, 2, ..., 12; by code points: 1, 10, 11, 12, 2, ...
@@ -45,6 +47,20 @@ class Oracle(torch.nn.Module):
         number = ((x[:, 0].mean((1, 2)) * self.std + self.mean) * 255 / 20).round().long().clamp(0, 11)
         columns = torch.tensor([self.order.index(WORDS[i]) for i in range(12)])
         return 9 * self.scale * torch.nn.functional.one_hot(columns[number], 12).float()
+
+
+class Start(Oracle):
+    """An oracle whose last layer is a classifier with a row for each class."""
+
+    def __init__(self, order):
+        super().__init__(WORDS)
+        self.fc = torch.nn.Linear(12, 12)
+        torch.nn.init.zeros_(self.fc.bias)
+        self.fc.weight.data = torch.eye(12)[[WORDS.index(name) for name in order]]
+        self.pretrained_cfg["classifier"] = "fc"
+
+    def forward(self, x):
+        return self.fc(super().forward(x))
 
 
 def recipe(colours, teacher="oracle", **distill):
@@ -100,6 +116,19 @@ def test_class_names_settle_the_order_whether_carried_or_stated(tmp_path, colour
     oracle(order)
     train(recipe(colours, teacher_classes=str(tmp_path / "classes.txt")), tmp_path / "stated")
     assert losses(tmp_path / "carried") == losses(tmp_path / "same") == losses(tmp_path / "stated")
+
+
+@pytest.mark.parametrize("order", [sorted(WORDS), natural_order(WORDS), WORDS[::-1]], ids=["other", "same", "neither"])
+@pytest.mark.parametrize("start", ["a file", ""])
+def test_a_start_in_the_other_usual_order_is_put_into_the_datas(colours, caplog, order, start):
+    begun = recipe(colours, "", start_from_teacher=False)
+    begun = dataclasses.replace(begun, model=dataclasses.replace(begun.model, start=start))
+    model = Start(order)
+    before = model.fc.weight.clone()
+    order_start(model, begun, open_dataset(begun.data))
+    is_mended = bool(start) and order == sorted(WORDS)
+    assert ("its top-1 is" in caplog.text and "the order of code points" in caplog.text) is is_mended
+    assert torch.equal(model.fc.weight, torch.eye(12) if is_mended else before)
 
 
 def test_a_teacher_near_chance_is_refused(tmp_path, colours, oracle):
