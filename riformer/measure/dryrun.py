@@ -152,11 +152,7 @@ def _project(
             what = f"timing step {number} of {NUM_TIMED}" if number else "warming up"
             progress(f"{recipe.name}: {what}, {num_images} images at {size} px")
             began = _now(device)
-            try:
-                backward(training, parts)
-            except torch.OutOfMemoryError as error:
-                advice = "raise --optim.accumulation, or share the images among more processes"
-                raise RuntimeError(f"{num_images} images at once do not fit; {advice}: {error}") from error
+            backward(training, parts)
             between = _now(device)
             update(training, number)
             training.optimizer.zero_grad(set_to_none=True)

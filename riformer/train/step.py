@@ -161,6 +161,9 @@ def backward(
     """Gradients of the mean loss over the parts; each term's mean over parts and processes, see `step`.
 
     `finite_gradient` is 1 where the gradients of all processes are finite.
+
+    Raises:
+        RuntimeError: a part does not fit into the GPU's memory.
     """
     sums: dict[str, Tensor] = {}
     student, device = training.student, training.device
@@ -168,10 +171,14 @@ def backward(
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         last = i == len(parts) - 1
         no_sync = student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
-        with no_sync:
-            with autocast(training.recipe.optim.precision, device):
-                terms = training.objective(images, targets, scale, partial(lookup, indices) if lookup else None)
-            (terms["loss"] / len(parts)).backward()
+        try:
+            with no_sync:
+                with autocast(training.recipe.optim.precision, device):
+                    terms = training.objective(images, targets, scale, partial(lookup, indices) if lookup else None)
+                (terms["loss"] / len(parts)).backward()
+        except torch.OutOfMemoryError as error:
+            advice = "raise --optim.accumulation, or share the images among more processes"
+            raise RuntimeError(f"{len(images)} images at once do not fit; {advice}: {error}") from error
         right = (terms.pop("output").argmax(1) == targets.argmax(1)).float().mean()
         for name, value in {**terms, "top1": 100 * right}.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() / len(parts)

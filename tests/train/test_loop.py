@@ -22,6 +22,7 @@ from torch.testing import assert_close
 import riformer
 from riformer.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, Recipe, TeacherConfig
 from riformer.data import builtin
+from riformer.distill.objective import Objective
 from riformer.train import loop
 from riformer.train import step as train_step
 from riformer.train.loop import train
@@ -490,3 +491,12 @@ def test_affines_start_fitted_where_that_is_asked_for(tmp_path):
     first = {run.path.name: losses(run.path)[0] for run in (fitted, started)}
     assert first["fitted"] != first["started"]
     assert lines(fitted.path)[0]["mixer"] < lines(started.path)[0]["mixer"]
+
+
+def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    monkeypatch.setattr(Objective, "__call__", run_out)
+    with pytest.raises(RuntimeError, match=r"^20 images at once do not fit; raise --optim\.accumulation, .*: CUDA out"):
+        train(plain(accumulation=2), tmp_path)
