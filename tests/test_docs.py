@@ -74,6 +74,7 @@ def run_all(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_quickstart_of_the_makefile_runs(tmp_path, run_all):
     recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
     commands = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()]

@@ -11,7 +11,8 @@ from riformer.model.fuse import fold, fuse
 from riformer.runtime.collapse import BlockWeights, Collapsed, CollapsedBlock, coefficients, moments, network_weights
 from riformer.runtime.parity import compare
 
-VARIANTS = ["riformer_s12", *(pytest.param(f"riformer_{size}", marks=pytest.mark.slow) for size in ("s24", "m48"))]
+LARGER = [pytest.param(f"riformer_{size}", marks=pytest.mark.slow) for size in ("s24", "s36", "m36", "m48")]
+VARIANTS = ["riformer_s12", *LARGER]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -97,6 +98,7 @@ def test_what_does_not_collapse_is_refused():
         Collapsed(nn.DataParallel(tiny()))
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_without_graph_breaks():
     model = randomised(tiny()).eval()
     collapsed = Collapsed(model)

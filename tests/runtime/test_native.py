@@ -16,7 +16,8 @@ from riformer.runtime.parity import compare
 
 EMULATED = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
 BARS = {"fp32": 1e-5, "bf16": 3e-2, "bf16x3": 5e-5}
-VARIANTS = [f"riformer_{size}" for size in ("s12", "s24", "s36", "m36", "m48")]
+LARGER = [pytest.param(f"riformer_{size}", marks=pytest.mark.slow) for size in ("s24", "s36", "m36", "m48")]
+VARIANTS = ["riformer_s12", *LARGER]
 # Every product of every instruction set that this machine has; tiles, where it has none, in plain C++.
 PRODUCTS = [(name, kind) for name in supported() for kind in INSTRUCTION_SETS[name].products]
 PRODUCTS += [("amx", kind) for kind in ("bf16", "bf16x3") if "amx" not in supported() and "avx512_bf16" in supported()]

@@ -48,7 +48,7 @@ class Lines(list):
         return [(line["run"], line["step"]) for line in self if line["kind"] == "step" and line["name"] == name]
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_teacher_is_trained_once_for_each_seed_and_taken_over(tmp_path, rungs, jobs):
     lines = Lines()
     runs = run_ladder(rungs, tmp_path, lines, jobs)
