@@ -207,11 +207,16 @@ class Run:
     def cut_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resume is about to write again, and a last line that is half-written.
 
-        All lines before stay as they are, byte for byte. Nothing is dropped from a finished run.
+        All lines before stay as they are, byte for byte. Nothing is dropped from a finished run. Where lines before are
+        lost, a warning says so: they were on the disk before the state of `step` was.
         """
+        texts = self._metrics_texts()
+        last = max((line["step"] for line in map(_parsed, texts) if line), default=0)
+        if last < step:
+            file = self.path / "metrics.jsonl"
+            logger.warning("%s ends at step %d, but the saved state is of step %d: lines were lost", file, last, step)
         if self.is_trained():
             return
-        texts = self._metrics_texts()
         kept: list[bytes] = []
         for text in texts:
             line = _parsed(text)

@@ -130,6 +130,25 @@ def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
     assert Run(tmp_path).read_metrics() == ([step(1), epoch(0)], [3, 4, 5, 6, 7, 8])
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_metrics_that_end_before_the_saved_state_are_said_to_be_lost(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_finished: bool
+) -> None:
+    run = Run(shutil.copytree(finished, tmp_path / "run"))
+    if not is_finished:
+        state = run.load_state()
+        shutil.rmtree(run.path / "last")
+        run.save_state({**state, "step": 10})
+    file = run.path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:9]))  # 8 steps and the first epoch
+    train(tiny_recipe(), run.path)
+    done = 15 if is_finished else 10
+    assert f"{file} ends at step 8, but the saved state is of step {done}: lines were lost" in caplog.messages
+    train(tiny_recipe(), shutil.copytree(finished, tmp_path / "whole"))
+    assert len([message for message in caplog.messages if "lines were lost" in message]) == 1
+
+
 def test_a_line_that_a_kill_cut_short_is_not_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = logged(tmp_path, 2)
     for rest in (b'{"kind": "st', b"\xff\xc3", b"\0" * 50, b"{"):
