@@ -103,7 +103,14 @@ def with_lists(values: dict) -> dict:
         ("augment.crop_scale", (0.0, 1.0), "must be 2 numbers above 0 and at most 1"),
         ("model.depths", (2, 0), "must be whole numbers at least 1 or null"),
         ("model.args", {"init_std": math.nan}, "must be a dict of JSON values"),
+        ("model.args", {"mixer": "pooling"}, "mixer is set by --model.mixer"),
+        ("model.args", {"pretrained": True}, "pretrained is set by --model.start"),
+        ("model.args", {"num_classes": 7}, "num_classes is set by the data"),
+        ("distill.logit_teacher", ("timm:a", "timm:a"), "names one twice"),
+        ("name", "", "names a folder: it must not be empty"),
+        ("name", "../elsewhere", "names a folder: it must not be empty, nor have slashes"),
         ("seed", 0.5, "must be a whole number"),
+        ("seed", -1, "must be a whole number at least 0 and below 4,294,967,296"),
     ],
 )
 def test_what_is_allowed_is_said(knob, value, message):

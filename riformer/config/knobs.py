@@ -46,7 +46,7 @@ class DataConfig:
     """standard deviation of the red, green and blue channel, of values in 0..1"""
     val_fraction: Annotated[float, Range(above=0, below=1)] = 0.2
     """share of each class held out for validation when a folder has no val"""
-    split_seed: int = 0
+    split_seed: Annotated[int, Range(0, below=2**32)] = 0
     """decides which images are held out; not the seed of the training, so that all runs on a folder have one split"""
     on_bad: Literal["error", "skip"] = "error"
     """what to do with images that cannot be read: stop and name them, or leave them out, counted and listed"""
@@ -255,7 +255,7 @@ class Recipe:
 
     name: str = "custom"
     """what reports call it"""
-    seed: int = 0
+    seed: Annotated[int, Range(0, below=2**32)] = 0
     """decides initialisation, order, augmentation and every other draw"""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -18,6 +18,14 @@ from riformer.config.validate import refusals
 
 TIMM_POLICY = tuple(f"augment.{f.name}" for f in fields(AugmentConfig) if f.name != "policy")
 SIZES = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init")
+SET_ELSEWHERE = {
+    **{name: f"--model.{name.replace('_', '-')}" for name in (*SIZES, "drop_path_rate")},
+    **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"), "--model.start"),
+    "num_classes": "the data",
+    "img_size": "--data.img-size",
+    "in_chans": "the data",
+}
+"""Arguments of networks that a recipe sets in another place."""
 OWN_TEACHER = tuple(f"teacher.{f.name}" for f in fields(TeacherConfig))
 
 
@@ -93,6 +101,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _in_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
     optim, (low, high) = recipe.optim, recipe.augment.crop_scale
+    if not recipe.name or recipe.name in (".", "..") or {"/", "\\", "\0"} & set(recipe.name):
+        yield "name", "names a folder: it must not be empty, nor have slashes"
+    for knob, network in (("model.args", recipe.model.name), ("teacher.args", recipe.teacher.name)):
+        for argument in value_of(recipe, knob):
+            if argument in SET_ELSEWHERE and (argument not in SIZES or network.startswith("riformer_")):
+                yield knob, f"{argument} is set by {SET_ELSEWHERE[argument]}"
     part, rest = divmod(optim.batch_size, optim.accumulation)
     if low > high:
         yield "augment.crop_scale", "the smaller share comes first"
@@ -120,6 +134,8 @@ def _between_student_and_teachers(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "distill.logit_teacher", "--distill.soft-weight or --distill.hard-weight needs one"
     if teachers and not learns:
         yield "distill.logit_teacher", "has no effect: --distill.soft-weight and --distill.hard-weight are 0"
+    if len(set(teachers)) < len(teachers):
+        yield "distill.logit_teacher", "names one twice; --research.logit-teacher-weights gives shares"
     if len(teachers) > 1 and num_shares not in (0, len(teachers)):
         yield "research.logit_teacher_weights", f"there are {len(teachers)} logit teachers; give each a weight"
     if needed and not distill.module_teacher:

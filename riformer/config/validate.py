@@ -25,7 +25,8 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"above": self.above, "at least": self.low, "below": self.below, "at most": self.high}
-        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
+        shown = {words: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for words, bound in bounds.items()}
+        return " and ".join(f"{words} {shown[words]}" for words, bound in bounds.items() if math.isfinite(bound))
 
 
 Share = Annotated[float, Range(0, 1)]

@@ -6,6 +6,7 @@ afterwards. The policy warp uses no generator.
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,9 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image
     Raises:
         ValueError: timm knows no such `auto_augment`.
     """
+    for section in augment.auto_augment.split("-")[1:]:
+        if not section.startswith("t") and not re.search(r"\d", section):  # which timm leaves out without a word
+            raise ValueError(f"--augment.auto-augment {augment.auto_augment}: {section!r} lacks its number")
     try:
         transform = create_transform(
             data.img_size,
@@ -88,7 +92,7 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Callable[[Image
             re_prob=augment.random_erasing,
             re_mode="pixel",
         )
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"--augment.auto-augment {augment.auto_augment} is refused by timm: {error}") from error
     _mend_posterize(transform)
     return transform

@@ -232,8 +232,11 @@ def test_batches_that_cannot_be_made(digits: Dataset) -> None:
         train_batches(digits, world_size=2, accumulation=3)
     with pytest.raises(ValueError, match=r"mixup and cutmix pair images, but --optim\.batch-size 6 makes parts of 3"):
         train_batches(digits, batch_size=6, world_size=2)
-    with pytest.raises(ValueError, match=r"--augment\.auto-augment rund is refused by timm"):
-        train_batches(digits, replace(EVERYTHING, auto_augment="rund"))
+    for policy in ("rund", "rand-q9", "rand-m9x", "original-m9"):
+        with pytest.raises(ValueError, match=rf"--augment\.auto-augment {policy} is refused by timm"):
+            train_batches(digits, replace(EVERYTHING, auto_augment=policy))
+    with pytest.raises(ValueError, match=r"--augment\.auto-augment rand-m9-mstd-inc1: 'mstd' lacks its number"):
+        train_batches(digits, replace(EVERYTHING, auto_augment="rand-m9-mstd-inc1"))
 
 
 def test_augmentation_knobs_reach_timm() -> None:
