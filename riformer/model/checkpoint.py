@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from riformer.model.keys import choose_weights
+from riformer.model.keys import EMA_NAMES, PLAIN_NAMES, choose_weights
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,16 @@ def read_file(path: str | Path, use_ema: bool = True, verify: bool = True) -> Ch
     state, name, others = choose_weights(content, use_ema)
     entries = state.items() if isinstance(state, Mapping) else ()
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        looked_for = "'state_dict_ema', 'model_ema', 'state_dict', 'model' and a plain dict of tensors"
-        there = f"; it has only {' and '.join(others)}, and use_ema is False" if others else ""
-        raise ValueError(f"{path} holds no state dict (looked for {looked_for}){there}")
+        there = f"it has only {' and '.join(others)}, and use_ema is False" if others else _named_dicts(content)
+        raise ValueError(
+            f"{path} holds no state dict: neither a plain dict of tensors nor one named {', '.join(PLAIN_NAMES)}, or "
+            f"{', '.join(EMA_NAMES)}; {there}"
+        )
     if others:
         logger.warning("%s: read the weights named %s, not %s", path, name, " and ".join(others))
     if verify:
         _check_sums(path, metadata, state)
+    _check_types(path, state)
     _check_finite(path, state)
     names = _label_names(content) if name else None
     return Checkpoint(dict(state), metadata.get(CONFIG_KEY), metadata.get(CONFIG_SUM), names)
@@ -160,8 +163,29 @@ def _check_sums(path: Path, metadata: Mapping[str, str], state: Mapping[str, Ten
         raise ValueError(f"{path} is damaged: its content does not have the checksum that it was written with")
 
 
+def _named_dicts(content: Any) -> str:
+    """What a file without a usual state dict has, for a message."""
+    if isinstance(content, _Inert):
+        return "it holds a whole module: save its state_dict() instead"
+    dicts = content.items() if isinstance(content, Mapping) else ()
+    named = [str(name) for name, value in dicts if isinstance(value, Mapping) and value]
+    return f"it has {', '.join(named[:10])}: save the one to read by itself" if named else "it has no dicts"
+
+
+def _check_types(path: Path, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        kind = {
+            "sparse": value.layout != torch.strided,
+            "quantised": value.is_quantized,
+            "complex": value.is_complex(),
+            "without values": value.is_meta,
+        }
+        if found := [name for name, is_so in kind.items() if is_so]:
+            raise ValueError(f"{path}: {key} is {found[0]} ({value.dtype}); the weights must be dense real numbers")
+
+
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    floats = {key: value for key, value in state.items() if value.is_floating_point() and not value.is_meta}
+    floats = {key: value for key, value in state.items() if value.is_floating_point()}
     floats = {key: value if value.itemsize > 1 else value.float() for key, value in floats.items()}
     bad = [key for key, value in floats.items() if not value.isfinite().all()]
     if bad:

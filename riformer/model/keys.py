@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from riformer.model.gfnet import resample_state
 from riformer.model.metaformer import MetaFormer
 
-EMA_NAMES, PLAIN_NAMES = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # in timm's order
+# Names of weights in checkpoints: first timm's, in its order, then those of tutorials and other trainers.
+EMA_NAMES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema")
+PLAIN_NAMES = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
 _KEY_RULES: list[tuple[str, Any]] = [  # pattern, replacement (a string or a function of the match)
     (r"^backbone\.", ""),
     (r"^patch_embed\.proj\.", "stem.conv."),

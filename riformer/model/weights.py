@@ -48,6 +48,11 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    differences += [
+        f"type of {key}: {state[key].dtype}, in the model {own[key].dtype}"
+        for key in own
+        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
+    ]
     differences += [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
     differences += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
     if len(differences) > MAX_DIFFERENCES:

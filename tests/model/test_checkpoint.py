@@ -396,3 +396,46 @@ def test_an_ill_fitting_or_missing_weights_file_is_one_message(tmp_path, caplog)
     (tmp_path / "m/pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint file at .*model\.safetensors"):
         open_model(f"local-dir:{tmp_path / 'm'}")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}, "param_groups": []}},
+        lambda state: {"module": state, "step": 7},
+        lambda state: {"params": state},
+        lambda state: {"net": state, "acc": 0.5},
+        lambda state: {"model": {key: 2 * value for key, value in state.items()}, "model_ema": {"module": state}},
+        lambda state: {"params": {key: 2 * value for key, value in state.items()}, "params_ema": state},
+    ],
+    ids=["tutorial", "engine", "params", "net", "nested average", "average"],
+)
+def test_weights_are_found_under_the_names_of_other_trainers(tmp_path, wrap):
+    state = tiny().state_dict()
+    torch.save(wrap(state), tmp_path / "x.pth")
+    torch.testing.assert_close(read_checkpoint(tmp_path / "x.pth"), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda m: {"student": m.state_dict(), "teacher": m.state_dict()}, "it has student, teacher: save the one"),
+        (lambda m: m, "it holds a whole module: save its state_dict"),
+        (lambda m: [1], "it has no dicts"),
+        (lambda m: {"a": torch.eye(3).to_sparse()}, "a is sparse"),
+        (lambda m: {"a": torch.eye(3, dtype=torch.complex64)}, "a is complex"),
+        (lambda m: {"a": torch.eye(3, device="meta")}, "a is without values"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_is_no_state_dict_says_what_it_is(tmp_path, content, message):
+    torch.save(content(tiny()), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    model = timm.create_model("riformer_micro")
+    torch.save({key: value.char() for key, value in model.state_dict().items()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"type of stem\.conv\.weight: torch\.int8, in the model torch\.float32"):
+        load(tmp_path / "x.pth")
