@@ -57,7 +57,8 @@ def config_text(model: nn.Module) -> str:
     Raises:
         ValueError: the model was not built by `timm.create_model`, is wrapped, or carries a value that is not JSON.
     """
-    if not hasattr(model, "pretrained_cfg") or hasattr(model, "_orig_mod"):
+    noted = all(hasattr(model, name) for name in ("pretrained_cfg", "num_features"))
+    if not noted or hasattr(model, "_orig_mod"):
         raise ValueError(
             f"save takes a model built by timm.create_model, not {type(model).__name__}: unwrap it first "
             f"(.module of DDP and EMA, ._orig_mod of torch.compile)"

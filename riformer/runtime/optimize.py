@@ -135,9 +135,14 @@ def optimize(model: MetaFormer, example: Tensor, precision: str = "fp32", backen
             torch.export take), or "auto": the first of them that this machine and the precision allow.
 
     Raises:
-        ValueError: the model is no MetaFormer, or mixes tokens; or no such precision, backend or combination exists.
+        ValueError: the model is no MetaFormer, or mixes tokens; the example is no batch of images for it; or no such
+            precision, backend or combination exists.
         RuntimeError: the backend asked for cannot run here, or what it computes is not what the model does.
     """
+    shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+    channels = getattr(model, "in_chans", 3)
+    if not isinstance(example, Tensor) or example.dim() != 4 or not example.numel() or example.shape[1] != channels:
+        raise ValueError(f"example is {shape}; it must be a tensor of one or more images, [N, {channels}, H, W]")
     device = example.device.type
     for name, value, allowed in (("precision", precision, DTYPES), ("backend", backend, ("auto", *BACKENDS))):
         if value not in allowed:

@@ -456,6 +456,11 @@ def test_save_takes_models_of_timm_only(wrap, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_runtime_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"save takes a model built by timm\.create_model, not Runtime"):
+        save(riformer.optimize(tiny(), images(), backend="portable"), tmp_path / "model")
+
+
 # the start from a teacher
 
 

@@ -33,6 +33,16 @@ def test_every_backend_and_precision_computes_what_the_model_does(backend, preci
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "example",
+    [images()[0], images()[:0], images()[:, :1], images().numpy(), None],
+    ids=["3d", "empty", "grey", "np", "-"],
+)
+def test_an_example_that_is_no_batch_of_images_is_refused(example):
+    with pytest.raises(ValueError, match=r"example is .*; it must be a tensor of one or more images, \[N, 3, H, W\]"):
+        optimize(tiny(), example)
+
+
 def test_training_mode_and_bf16_weights_are_taken_as_they_are():
     model = randomised(tiny(drop_path_rate=0.5, drop_rate=0.5)).train()
     assert optimize(model, images()).parity.max_rel < 1e-5
