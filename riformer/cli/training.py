@@ -76,6 +76,8 @@ def ladder(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
     options, recipe = settings.parse()
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}; it must be 1 or more")
     for name in ("rungs", "seeds", "budgets"):
         values = getattr(options, name)
         if len(set(values)) < len(values):
@@ -134,7 +136,8 @@ def evaluate(argv: list[str]) -> int:
     elif options.data.name:
         data, origin = DataConfig(**vars(options.data)), {}
     else:
-        raise ValueError(f"{path} is not a run folder, so it names no data: give --data.name")
+        what = "is not a run folder, so it names no data: give --data.name" if path.exists() else "is not there"
+        raise ValueError(f"{path} {what}")
     table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {data.name}")
     classes = read_class_names(options.classes, "--classes")
     for form, result in evaluate_model(load_model(path), data, options.split, classes=classes, **origin).items():
