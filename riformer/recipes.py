@@ -19,6 +19,8 @@ from riformer.config import (
     TeacherConfig,
     reset_unused,
 )
+from riformer.config.rules import SIZES
+from riformer.config.validate import build
 from riformer.published import PARADIGM
 from riformer.sizes import VARIANTS
 
@@ -284,7 +286,11 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """The training of a run's own teacher: the student's sizes with a token mixer or a named model, on labels alone."""
     teacher = recipe.teacher
     if teacher.name:
-        model = ModelConfig(name=teacher.name, drop_path_rate=recipe.model.drop_path_rate, args=teacher.args)
+        knobs = SIZES if teacher.name.startswith("riformer_") else ()
+        values = {name: value for name, value in teacher.args.items() if name in knobs}
+        args = {name: value for name, value in teacher.args.items() if name not in knobs}
+        drop_path_rate = recipe.model.drop_path_rate
+        model = build(dict(name=teacher.name, drop_path_rate=drop_path_rate, args=args, **values), ModelConfig)
     else:
         model = replace(recipe.model, mixer=teacher.mixer, start="")
     optim = replace(recipe.optim, epochs=teacher.epochs, lr=teacher.lr)

@@ -26,6 +26,7 @@ from riformer.data.dataset import DATASETS
 from riformer.model.fuse import FORMS
 from riformer.model.mixers import MIXERS
 from riformer.recipes import RECIPES, RUNG_GROUPS, RUNGS, labels
+from riformer.runtime.predict import Prediction
 from riformer.study.evaluation import evaluate_model
 from riformer.train.loop import train
 from riformer.train.run import Run
@@ -241,6 +242,25 @@ def test_predict_prints_a_table_or_json_lines(run, image_folder, capsys):
     assert all(len(line["classes"]) == 3 for line in lines)
     probabilities = [c["probability"] for c in lines[0]["classes"]]
     assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_predict_shows_what_it_has_labelled_when_a_later_image_ends_it(run, image_folder, capsys, monkeypatch):
+    images = sorted((image_folder / "seven").iterdir())[:2]
+
+    def two(model, images, *arguments):
+        yield Prediction(str(images[0]), (("seven", 1.0),))
+        raise RuntimeError("the model's logits are not finite")
+
+    monkeypatch.setattr("riformer.cli.models.predict", two)
+    assert cli.run("predict", [str(run), *map(str, images)]) == 1
+    captured = capsys.readouterr()
+    assert images[0].name in captured.out.replace("\n", "")
+    assert "riformer predict: the model's logits are not finite" in captured.err
+
+
+def test_eval_of_nothing_says_that_it_is_not_there(tmp_path, capsys):
+    assert fails(capsys, "eval", str(tmp_path / "absent")) == f"riformer eval: {tmp_path / 'absent'} is not there\n"
+    assert "names no data: give --data.name" in fails(capsys, "eval", str(tmp_path))
 
 
 def test_predict_says_which_engine_computes(run, image_folder, capsys):

@@ -246,3 +246,15 @@ def test_a_run_that_an_earlier_version_began_is_the_run_of_the_same_recipe(tmp_p
         assert run.recipe() == recipe
         with pytest.raises(ValueError, match="holds a run of another recipe"):
             run.begin(dataclasses.replace(recipe, seed=1), world_size=1)
+
+
+def test_a_named_teacher_of_this_package_has_its_sizes_from_its_arguments():
+    """The knobs of the student are not its; other arguments reach the network as they are."""
+    args = {"mixer": "pooling", "depths": [1, 1], "dims": [8, 8], "init_std": 0.1}
+    recipe = dataclasses.replace(RECIPES["quickstart"](), teacher=TeacherConfig(name="riformer_micro", args=args))
+    check(recipe)
+    model = teacher_recipe(recipe).model
+    assert (model.mixer, model.depths, model.dims, model.args) == ("pooling", (1, 1), (8, 8), {"init_std": 0.1})
+    check(teacher_recipe(recipe))
+    with pytest.raises(ValueError, match=r"--teacher\.args is .*, but num_classes is set by the data"):
+        check(dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, args={"num_classes": 3})))

@@ -76,8 +76,6 @@ def ladder(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of the cores")
     parser.add_argument("--out", type=str, help="folder of the run folders (default: runs/RECIPE)")
     options, recipe = settings.parse()
-    if options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}; it must be 1 or more")
     for name in ("rungs", "seeds", "budgets"):
         values = getattr(options, name)
         if len(set(values)) < len(values):

@@ -103,9 +103,9 @@ def _in_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
     optim, (low, high) = recipe.optim, recipe.augment.crop_scale
     if not recipe.name or recipe.name in (".", "..") or {"/", "\\", "\0"} & set(recipe.name):
         yield "name", "names a folder: it must not be empty, nor have slashes"
-    for knob, network in (("model.args", recipe.model.name), ("teacher.args", recipe.teacher.name)):
+    for knob, has_sizes in (("model.args", recipe.model.name.startswith("riformer_")), ("teacher.args", False)):
         for argument in value_of(recipe, knob):
-            if argument in SET_ELSEWHERE and (argument not in SIZES or network.startswith("riformer_")):
+            if argument in SET_ELSEWHERE and (has_sizes or argument not in SIZES):
                 yield knob, f"{argument} is set by {SET_ELSEWHERE[argument]}"
     part, rest = divmod(optim.batch_size, optim.accumulation)
     if low > high:

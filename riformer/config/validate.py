@@ -25,8 +25,7 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"above": self.above, "at least": self.low, "below": self.below, "at most": self.high}
-        shown = {words: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for words, bound in bounds.items()}
-        return " and ".join(f"{words} {shown[words]}" for words, bound in bounds.items() if math.isfinite(bound))
+        return " and ".join(f"{words} {bound:,.10g}" for words, bound in bounds.items() if math.isfinite(bound))
 
 
 Share = Annotated[float, Range(0, 1)]

@@ -35,7 +35,6 @@ Job = tuple[Recipe, Path]
 Lenders = dict[Path, tuple[Path, Path]]
 """For each run that need not train its own teacher, the run that does and the folder in which the teacher then lies."""
 ERRORS = (ValueError, RuntimeError, OSError, MemoryError)
-NO_TEACHER = "its teacher is that of {}, which failed"
 
 
 def run_recipe(recipe: Recipe, folder: str | Path, progress: Progress) -> Run:
@@ -56,9 +55,11 @@ def run_ladder(recipes: Sequence[Recipe], folder: str | Path, progress: Progress
     A training that fails is logged at once. The others go on, except those that need its teacher.
 
     Raises:
-        ValueError: a recipe that contradicts itself; before anything runs.
+        ValueError: `jobs` below 1, or a recipe that contradicts itself; before anything runs.
         RuntimeError: trainings failed; after all others have ended and are evaluated.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; it must be 1 or more")
     for recipe in recipes:
         check(recipe)
     todo = [(recipe, Path(folder) / f"{recipe.name}-seed{recipe.seed}") for recipe in recipes]
@@ -68,8 +69,10 @@ def run_ladder(recipes: Sequence[Recipe], folder: str | Path, progress: Progress
             Run(path).begin(recipe, world_size=1)  # which refuses a run of another recipe
     missing = [one for one in todo if not Run(one[1]).is_trained()]
     missing.sort(key=lambda one: one[1] in lenders)  # those that lend a teacher come before those that borrow it
-    run_all = _train_side_by_side if jobs > 1 else _train_one_by_one
-    failed = run_all(missing, lenders, progress, jobs)
+    if jobs > 1:
+        failed = _train_side_by_side(missing, lenders, progress, jobs)
+    else:
+        failed = _train_one_by_one(missing, lenders, progress)
     runs = [Run(path) for _, path in todo if path not in failed]
     for run in runs:
         if run.read("evaluation.json") is None:
@@ -95,9 +98,13 @@ def _lenders(todo: list[Job]) -> Lenders:
     return lenders
 
 
-def _has_teacher(path: Path, lender: tuple[Path, Path]) -> bool:
-    """Whether a run has begun a teacher of its own or can borrow a finished one."""
-    return (path / "teacher").exists() or Run(lender[1]).is_trained()
+def _lacks_teacher(path: Path, lenders: Lenders, failed: dict[Path, str]) -> bool:
+    """Whether a run has no teacher because the run that trains it failed before; then it is noted as failed too."""
+    lender, teacher = lenders.get(path, (None, path))
+    lacks = lender in failed and not (path / "teacher").exists() and not Run(teacher).is_trained()
+    if lacks:
+        _note_failure(failed, path, f"its teacher is that of {lender}, which failed")
+    return lacks
 
 
 def _borrow_teacher(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None) -> None:
@@ -111,19 +118,17 @@ def _borrow_teacher(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None
         Run(beside).write("recipe.json", to_dict(teacher_recipe(recipe)))
 
 
-def _train_one_by_one(todo: list[Job], lenders: Lenders, progress: Progress, jobs: int) -> dict[Path, str]:
+def _train_one_by_one(todo: list[Job], lenders: Lenders, progress: Progress) -> dict[Path, str]:
     """The failures, by run folder."""
     failed: dict[Path, str] = {}
     for recipe, path in todo:
-        lender = lenders.get(path)
-        if lender and lender[0] in failed and not _has_teacher(path, lender):
-            _note_failure(failed, path, NO_TEACHER.format(lender[0]))
+        if _lacks_teacher(path, lenders, failed):
             continue
         try:
-            _borrow_teacher(recipe, path, lender)
+            _borrow_teacher(recipe, path, lenders.get(path))
             train(recipe, path, progress)
         except ERRORS as error:
-            _note_failure(failed, path, str(error) or type(error).__name__)
+            _note_failure(failed, path, _message(error))
     return failed
 
 
@@ -147,11 +152,9 @@ def _train_side_by_side(todo: list[Job], lenders: Lenders, progress: Progress, j
             ready = [one for one in waiting if lenders.get(one[1], (None,))[0] not in busy]
             for recipe, path in ready[: jobs - len(running)]:
                 waiting.remove((recipe, path))
-                lender = lenders.get(path)
-                if lender and lender[0] in failed and not _has_teacher(path, lender):
-                    _note_failure(failed, path, NO_TEACHER.format(lender[0]))
+                if _lacks_teacher(path, lenders, failed):
                     continue
-                arguments = (recipe, path, lender, lines, threads)
+                arguments = (recipe, path, lenders.get(path), lines, threads)
                 running[path] = spawn.Process(target=_train_one, args=arguments)
                 running[path].start()
             ended = [path for path, process in running.items() if not process.is_alive()]
@@ -181,9 +184,12 @@ def _train_one(recipe: Recipe, path: Path, lender: tuple[Path, Path] | None, lin
         _borrow_teacher(recipe, path, lender)
         train(recipe, path, lines.put)
     except (*ERRORS, KeyboardInterrupt) as error:
-        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-        lines.put({"kind": "failed", "path": path, "message": message})
+        lines.put({"kind": "failed", "path": path, "message": _message(error)})
         sys.exit(1)
+
+
+def _message(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
 
 
 def _note_failure(failed: dict[Path, str], path: Path, message: str) -> None:

@@ -211,15 +211,15 @@ class Run:
         lost, a warning says so: they were on the disk before the state of `step` was.
         """
         texts = self._metrics_texts()
-        last = max((line["step"] for line in map(_parsed, texts) if line), default=0)
+        lines = [_parsed(text) for text in texts]
+        last = max((line["step"] for line in lines if line), default=0)
         if last < step:
             file = self.path / "metrics.jsonl"
             logger.warning("%s ends at step %d, but the saved state is of step %d: lines were lost", file, last, step)
         if self.is_trained():
             return
         kept: list[bytes] = []
-        for text in texts:
-            line = _parsed(text)
+        for text, line in zip(texts, lines, strict=True):
             if line and line["step"] > step:
                 break
             if line or text.endswith(b"\n"):

@@ -115,8 +115,9 @@ def assert_landed(model: torch.nn.Module, entries: list[Entry]) -> None:
         assert torch.equal(parameters[name], value(i, shape).reshape(parameters[name].shape)), key
 
 
-@pytest.mark.parametrize(("form", "img_size"), [("training", 224), ("deploy", 384)])
+@pytest.mark.parametrize("img_size", [224, 384])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("form", ["training", pytest.param("deploy", marks=pytest.mark.slow)])
 def test_the_ten_riformers_of_mmpretrain(size, form, img_size, tmp_path):
     entries = list(metaformer(size, form))
     write(entries, tmp_path / "file.pth", "state_dict")

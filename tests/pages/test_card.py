@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from run_folders import CARD_LABELS, CARD_RECIPE, CLASSES, write_run
+from tiny import tiny
 
 import riformer
 from riformer.config import ResearchConfig
@@ -193,6 +194,14 @@ def test_preprocessing_is_what_the_model_notes(noted, said, tmp_path):
     assert said in section(card, "Preprocessing")
     height, width = noted.get("input_size", (3, 64, 64))[1:]
     assert f"for an image of {height} × {width} pixels" in card
+
+
+def test_a_network_for_grey_images_is_said_to_take_grey_values(tmp_path):
+    run = write_run(tmp_path)
+    grey = tiny(in_chans=1, num_classes=len(CLASSES))
+    grey.pretrained_cfg.update(input_size=(1, 64, 64), mean=(0.5,), std=(0.3,), label_names=CLASSES)
+    riformer.save(grey, run / "best")
+    assert section(model_card(run), "Preprocessing").startswith("grey values in 0..1")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,7 +14,7 @@ from riformer.runtime.parity import compare
 
 EPS = 1e-5
 # Samples, tokens and channels: tiles that end inside a map, that span several, and of one token a sample.
-SHAPES = [(3, 49, 24), (2, 100, 96), (5, 7, 40), (3, 1, 320), (1, 130, 8)]
+SHAPES = [(3, 49, 24), (2, 196, 96), (5, 7, 40), (3, 1, 320), (1, 130, 8)]
 BARS = {torch.float32: 1e-5, torch.float16: 4e-3}  # the interpreter multiplies bf16 as integers, so not here
 
 
@@ -71,7 +71,7 @@ def test_affine(shape, dtype):
 
 @pytest.mark.parametrize("dtype", BARS)
 @pytest.mark.parametrize("conv", [(3, 7, 4, 2), (16, 3, 2, 1), (40, 3, 2, 1), (3, 2, 2, 0)])
-@pytest.mark.parametrize("size", [(3, 8, 8), (2, 21, 10)])
+@pytest.mark.parametrize("size", [(3, 16, 16), (2, 29, 14)])
 def test_convolutions(conv, size, dtype):
     (channels, kernel, stride, padding), (num, *sides) = conv, size
     batch = images(num, channels, *sides) + 10
@@ -126,14 +126,12 @@ def test_gelu_is_as_close_as_promised():
 def test_the_network_equals_the_training_form(dtype, dims):
     model = randomised(tiny(dims=dims)).eval()  # 200 channels take two products, the others the one kernel
     network = cuda.TritonNetwork(network_weights(model), dtype)
-    for batch in (images(1, 3, 16, 16), images(2, 3, 19, 10)):
+    for batch in (images(1, 3, 32, 32), images(2, 3, 35, 22)):
         logits = network(batch)
         with torch.inference_mode():
             assert compare(model, lambda _, logits=logits: logits, [batch]).max_rel < BARS[dtype]
-    if dtype != torch.float32:
-        return
     torch.testing.assert_close(network(batch), logits, rtol=0, atol=0)  # to the bit
-    pixels = images(2, 3, 19, 10).mul(50).add(100).byte()
+    pixels = images(2, 3, 35, 22).mul(50).add(100).byte()
     torch.testing.assert_close(network(pixels), network(pixels.float()), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="cannot see what the triton network computes"):
         torch.jit.trace(network, batch)

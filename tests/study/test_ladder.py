@@ -130,3 +130,8 @@ def test_a_teacher_is_borrowed_from_a_run_that_failed_after_it(tmp_path, rungs):
     with pytest.raises(RuntimeError, match=r"1 of 2 trainings failed"):
         run_ladder([soft, full], tmp_path, fails)
     assert Run(tmp_path / f"{full.name}-seed0").is_trained()
+
+
+def test_no_training_at_a_time_is_refused(tmp_path, rungs):
+    with pytest.raises(ValueError, match="jobs is 0; it must be 1 or more"):
+        run_ladder(rungs, tmp_path, Lines(), jobs=0)
