@@ -201,7 +201,7 @@ def test_a_network_for_grey_images_is_said_to_take_grey_values(tmp_path):
     grey = tiny(in_chans=1, num_classes=len(CLASSES))
     grey.pretrained_cfg.update(input_size=(1, 64, 64), mean=(0.5,), std=(0.3,), label_names=CLASSES)
     riformer.save(grey, run / "best")
-    assert section(model_card(run), "Preprocessing").startswith("grey values in 0..1")
+    assert section(model_card(run), "Preprocessing").strip().startswith("grey values in 0..1")
 
 
 @pytest.mark.parametrize("form", FORMS)
