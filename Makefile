@@ -17,10 +17,10 @@ quickstart: install ## trains, compares, fuses, evaluates, predicts and reports 
 	$(BIN)/riformer report $(RUNS)
 
 test: install ## the tests, in minutes
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-slow-tests: install ## what `make test` and `make ci` leave out: large networks, compilers, kills, benchmarks; for a release
-	$(BIN)/pytest -n 2 -m slow
+slow-tests: install ## what `make test` leaves out: large networks, compilers, kills, benchmarks
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 timm-tests: install ## timm's own model tests on these models; fetches timm's source distribution, once
 	$(BIN)/python tests/timm_suite.py
@@ -30,7 +30,7 @@ ladder-smoke: install ## two rungs and two seeds of a ladder on the built-in dig
 		--optim.epochs 3 --optim.warmup-epochs 0 --teacher.epochs 3
 	$(BIN)/riformer report --ladder runs/ladder-smoke
 
-ci: lint types test ladder-smoke timm-tests ## what a change must pass
+ci: lint types test slow-tests ladder-smoke timm-tests ## what a change must pass
 
 lint: install ## style, imports pointing one way, comparisons whose result is dropped
 	$(BIN)/ruff check .
