@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
 from io import TextIOWrapper
+from types import ModuleType
+from typing import Any
 
 VERBS = {
     "train": "train a network, and its teacher first where the recipe says so; or resume a run",
     "ladder": "train rungs of a comparison over several seeds",
     "eval": "accuracy before and after the fuse, of a run or of any saved model on any data",
     "fuse": "write the deploy form of a run or model, checked equal",
-    "predict": "label images",
+    "export": "write a run or model for other engines, each checked against the training form",
+    "check": "verify what was exported: every file, and every payload on its engine",
+    "predict": "label images with what was exported, or with a run or model",
     "profile": "where a network's time goes, and the share of its token mixers",
     "bench": "images per second of networks on engines, side by side",
     "publish": "write a run's model with a card, for timm and the Hugging Face Hub",
@@ -25,6 +29,12 @@ VERBS = {
     "report": "one HTML page about one or more runs",
     "list": "models, mixers, recipes, rungs and data sets",
 }
+
+WITHOUT_TORCH = ("predict", "check")
+"""Verbs of `riformer_runtime`, which imports no PyTorch."""
+
+OPEN_MODELS = ("predict",)
+"""Those among them that take a run or model as well, for which the full installation is imported."""
 
 HELP = """usage: riformer VERB [options]
 
@@ -74,8 +84,32 @@ def run(verb: str, argv: list[str]) -> int:
         near = get_close_matches(verb, VERBS)
         sys.exit(f"riformer: no verb {verb!r}; {f'did you mean {near[0]}?' if near else 'see riformer --help'}")
     with interrupts_end_the_process():
-        from riformer import cli
+        if verb in WITHOUT_TORCH:
+            from riformer_runtime import cli as runtime
+
+            return runtime.run(verb, runtime.VERBS[verb], argv, *([open_model] if verb in OPEN_MODELS else []))
+        cli = full_installation(verb)
     return cli.run(verb, argv)
+
+
+def full_installation(purpose: str) -> ModuleType:
+    """The module `riformer.cli`; ends the process with one line where PyTorch is not installed.
+
+    Args:
+        purpose: what it is needed for, a verb or a file; named in that line.
+    """
+    try:
+        from riformer import cli
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "torchvision", "timm"):
+            raise
+        sys.exit(f"riformer {purpose}: {error}")
+    return cli
+
+
+def open_model(path: str, engine: str, num_images: int | None) -> Any:
+    """A run or model as a runner; see `riformer.cli.open_model`."""
+    return full_installation(path).open_model(path, engine, num_images)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from itertools import product
 
 from options import of_machine, options, turn_seconds
 
-from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
+from riformer_runtime.cli.console import Console
 
 MODELS = ("riformer_s12", "riformer_m36")
 ENGINES = {

@@ -20,10 +20,10 @@ from options import RESULTS, options, turn_seconds
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
-from riformer.measure.latency import Spread
+from riformer.runtime.latency import Spread
+from riformer_runtime.cli.console import Console
 
 SIZES = (224, 320, 384, 512)
 

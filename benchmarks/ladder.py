@@ -19,7 +19,6 @@ from typing import NamedTuple
 from options import RESULTS
 
 from riformer.atomic import write_text
-from riformer.cli.console import Console
 from riformer.cli.progress import TrainProgress
 from riformer.config import ModelConfig, Recipe
 from riformer.measure.quoted import LADDER
@@ -28,6 +27,7 @@ from riformer.recipes import RUNGS, at_budget, glyphs_riformer
 from riformer.sizes import VARIANTS
 from riformer.study.comparison import Comparison, Record, markdown, record
 from riformer.study.ladder import run_ladder
+from riformer_runtime.cli.console import Console
 
 
 class Part(NamedTuple):

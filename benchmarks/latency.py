@@ -9,12 +9,12 @@ import torch
 from options import RESULTS, options
 
 from riformer.atomic import write_text
-from riformer.cli.console import Console
 from riformer.cli.tables import print_profile
 from riformer.machine import environment
 from riformer.measure.bench import open_network
 from riformer.measure.profile import profile
 from riformer.pages.profile import draw
+from riformer_runtime.cli.console import Console
 
 BATCH_SIZE = 256 if torch.cuda.is_available() else 4
 MODELS = ("vit_base_patch16_224", *(f"riformer_s12:mixer={mixer}" for mixer in ("pooling", "affine", "identity")))

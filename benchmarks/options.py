@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from riformer.runtime.native import supported
+from riformer_runtime.native.library import supported
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from riformer.cli.console import Console
 from riformer.cli.progress import TrainProgress
 from riformer.config import DistillConfig, Recipe, TeacherConfig, reset_unused
 from riformer.recipes import FULL, RECIPES, labels, teacher_recipe
 from riformer.study.ladder import run_ladder
 from riformer.train.run import Run
+from riformer_runtime.cli.console import Console
 
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
 EPOCHS = 25  # those of the quickstart, 500 steps

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from options import of_machine, options, turn_seconds
 
-from riformer.cli.console import Console
 from riformer.cli.tables import print_bench
 from riformer.measure.bench import Competitor, bench
+from riformer_runtime.cli.console import Console
 
 BATCH_SIZE = 256 if torch.cuda.is_available() else 8
 SIZES = ("s12", "s24", "s36", "m36", "m48")

@@ -3,6 +3,15 @@
 Importing this package registers the models with timm: `timm.create_model("riformer_s12")`.
 """
 
+from importlib.util import find_spec
+
+if _missing := [name for name in ("torch", "torchvision", "timm") if find_spec(name) is None]:
+    raise ModuleNotFoundError(
+        f"riformer needs {', '.join(_missing)} here: pip install 'riformer[train]' "
+        f"(what riformer export wrote runs without: import riformer_runtime)",
+        name=_missing[0],
+    )
+
 from riformer.model import variants as variants
 from riformer.model.fuse import fold, fuse
 from riformer.model.hub import from_pretrained
@@ -10,7 +19,7 @@ from riformer.model.metaformer import MetaFormer
 from riformer.model.start import start_from
 from riformer.model.weights import load, save, save_pretrained
 from riformer.runtime.optimize import optimize
-from riformer.version import __version__
+from riformer_runtime.version import __version__
 
 __all__ = [
     "MetaFormer",

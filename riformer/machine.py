@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from riformer.version import __version__
+from riformer_runtime.version import __version__
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from riformer.config import (
     reset_unused,
 )
 from riformer.config.rules import SIZES
-from riformer.config.validate import build
 from riformer.published import PARADIGM
 from riformer.sizes import VARIANTS
+from riformer_runtime.validate import build
 
 Rung = Callable[[Recipe], Recipe]
 

@@ -14,22 +14,22 @@ import timm
 import torch
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
+from riformer.runtime.predict import Prediction
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import riformer
 from riformer import cli
-from riformer.cli.console import Console
 from riformer.cli.tables import print_runs
 from riformer.config import DataConfig
 from riformer.data.dataset import DATASETS
 from riformer.model.fuse import FORMS
 from riformer.model.mixers import MIXERS
 from riformer.recipes import RECIPES, RUNG_GROUPS, RUNGS, labels
-from riformer.runtime.predict import Prediction
 from riformer.study.evaluation import evaluate_model
 from riformer.train.loop import train
 from riformer.train.run import Run
+from riformer_runtime.cli.console import Console
 
 STUDENT = ["--optim.epochs=1", "--optim.warmup-epochs=0"]
 SMALL = [*STUDENT, "--optim.batch-size=500", "--teacher.epochs=1"]

@@ -16,14 +16,14 @@ from rich.table import Table
 
 import riformer_cli
 from riformer import cli
-from riformer.cli.console import Console, LogHandler, printable
-from riformer.cli.parsing import Parser, written
 from riformer.cli.progress import TrainProgress
 from riformer.cli.recipe import KNOBS, SHORT_HELP, RecipeOptions
 from riformer.config import Recipe, from_dict, to_dict
 from riformer.config.knobs import option, value_of
 from riformer.data.dataset import open_dataset
 from riformer.recipes import RECIPES, RENAMED, TeacherConfig, quickstart
+from riformer_runtime.cli.console import Console, LogHandler, printable
+from riformer_runtime.cli.parsing import Parser, written
 
 
 def recipe_of(command: str, verb: str = "train") -> Recipe:

@@ -19,9 +19,9 @@ from tiny import tiny, tiny_recipe
 import riformer
 import riformer_cli
 from riformer import cli
-from riformer.cli.console import Console
 from riformer.train.loop import train
 from riformer.train.run import Run
+from riformer_runtime.cli.console import Console
 
 ROOT = Path(__file__).parents[1]
 

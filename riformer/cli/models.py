@@ -1,27 +1,23 @@
-"""Verbs around a trained model: fuse, predict, publish, convert."""
+"""Verbs around a trained model: fuse, publish, convert; and what predict and serve open."""
 
-import io
-import json
-import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from rich.progress import track
-from rich.table import Column, Table
 
-from riformer.cli.options import console, errors, load_model, verb_parser
+from riformer.cli.options import console, load_model, verb_parser
 from riformer.distill.teachers import describe
 from riformer.measure.cost import count_params
-from riformer.model.fuse import FORMS, deploy_form, remaining_mixers
+from riformer.model.fuse import FORMS, remaining_mixers
 from riformer.model.hub import check_repository, push
 from riformer.model.metaformer import MetaFormer
 from riformer.model.weights import convert, load, save, save_pretrained
 from riformer.pages.card import model_card
+from riformer.runtime.optimize import BACKENDS
 from riformer.runtime.parity import compare
-from riformer.runtime.predict import Prediction, on_engine, predict
+from riformer.runtime.runner import as_runner
 from riformer.train.run import Run
-from riformer.walk import find_images
+from riformer_runtime.engines import Runner
 
 
 def fuse_verb(argv: list[str]) -> int:
@@ -44,52 +40,12 @@ def fuse_verb(argv: list[str]) -> int:
     return 0
 
 
-def predict_verb(argv: list[str]) -> int:
-    """Labels images with a run or a saved model, fused first.
-
-    Images that cannot be read, and paths that are not there, are named, the others still labelled; the exit code is
-    then 1.
-    """
-    parser = verb_parser("predict", predict_verb)
-    parser.add_argument("model", type=str, help="run folder, model folder or weights file")
-    parser.add_argument(
-        "images", type=str, nargs="+", help="image files, folders, or - for one image on standard input"
-    )
-    parser.add_argument("--top-k", type=int, default=1, help="classes to name for each image, the most probable first")
-    parser.add_argument("--json", action="store_true", help="a JSON line for each image instead of a table")
-    parser.add_argument("--batch-size", type=int, default=32, help="images computed at once")
-    engines = Literal["auto", "eager", "native", "triton", "portable"]
-    engine_help = "what computes: eager PyTorch, or a runtime of riformer.optimize (default: native where it helps)"
-    parser.add_argument("--engine", type=engines, default="auto", help=engine_help)
-    options = parser.parse_args(argv)
-    piped = options.images == ["-"]
-    images: list[Path | io.BytesIO] = [io.BytesIO(sys.stdin.buffer.read())] if piped else []
-    files, problems = find_images([] if piped else options.images)
-    images += files
-    for problem in problems:
-        errors.print(problem, soft_wrap=True)
-    model = deploy_form(load_model(options.model))
-    with errors.activity("preparing the network; the native one is compiled once on each machine"):
-        model, engine = on_engine(model, options.engine, len(images))
-    errors.print(engine, soft_wrap=True)
-    predictions = predict(model, images, options.top_k, options.batch_size)
-    failed = bool(problems)
-    headings = [f"class {i + 1}" if options.top_k > 1 else "class" for i in range(options.top_k)]
-    table = Table(Column("image", overflow="fold"), *headings)
-    quiet = options.json or not errors.is_terminal
-    try:
-        for prediction in track(predictions, total=len(images), console=errors, transient=True, disable=quiet):
-            failed |= bool(prediction.error)
-            if options.json:
-                console.out(json.dumps(_as_json(prediction)), highlight=False)
-            elif prediction.error:
-                errors.print(prediction.error, soft_wrap=True)
-            else:
-                table.add_row(prediction.path, *[f"{name} {share:.1%}" for name, share in prediction.classes])
-    finally:  # with what was labelled before an error or Ctrl-C
-        if table.rows:
-            console.print(table)
-    return int(failed)
+def open_model(path: str, engine: str, num_images: int | None) -> tuple[Runner, str]:
+    """A run or model as a runner, for the verbs of `riformer_runtime`, and why it has no faster engine; or ""."""
+    engines = ("auto", "eager", *BACKENDS)
+    if engine not in engines:
+        raise ValueError(f"--engine is {engine!r}; a run or model runs on {', '.join(engines)}")
+    return as_runner(load_model(path), engine, num_images)
 
 
 def publish(argv: list[str]) -> int:
@@ -163,10 +119,3 @@ def _outcome(before: MetaFormer, after: MetaFormer, difference: float) -> str:
         f"{describe(after)}, {count_params(after):,} parameters, {count_params(before):,} before; "
         f"largest difference {difference:.1e} of the largest logit"
     )
-
-
-def _as_json(prediction: Prediction) -> dict[str, Any]:
-    if prediction.error:
-        return {"path": prediction.path, "error": prediction.error}
-    classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
-    return {"path": prediction.path, "classes": classes}

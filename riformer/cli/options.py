@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from riformer.cli.console import Console
-from riformer.cli.parsing import Parser
 from riformer.model.weights import load
 from riformer.train.distributed import is_main_process
-
-console = Console()
-errors = Console(stderr=True)
+from riformer_runtime.cli import options
+from riformer_runtime.cli.console import Console
+from riformer_runtime.cli.options import console
+from riformer_runtime.cli.options import errors as errors
+from riformer_runtime.cli.parsing import Parser
 
 EXAMPLES = {
     "train": (
@@ -33,9 +33,9 @@ EXAMPLES = {
         ("riformer eval model.safetensors --data folder:PATH", "any saved model on other images"),
     ),
     "fuse": (("riformer fuse runs/photos-seed0 model.safetensors", "the deploy form, in one file"),),
-    "predict": (
-        ("riformer predict model.safetensors photos/ --top-k 3", "the three most probable classes of each image"),
-        ("riformer predict model.safetensors photos/ --json", "a line of JSON for each image"),
+    "export": (
+        ("riformer export runs/photos-seed0 exported/", "for every engine that is installed"),
+        ("riformer export runs/photos-seed0 exported/ --to onnx openvino --precision fp32 int8", "also quantised"),
     ),
     "profile": (("riformer profile riformer_s12:mixer=pooling --out profile", "a PoolFormer, with a picture"),),
     "bench": (
@@ -54,9 +54,7 @@ EXAMPLES = {
 
 def verb_parser(name: str, verb: Callable, about: str = "", renamed: dict[str, str] | None = None) -> Parser:
     """A parser whose help is the verb's docstring, then `about`, then examples."""
-    lines = [f"  {command}\n      {text}" for command, text in EXAMPLES[name]]
-    end = "\n\n".join([*([about] if about else []), "examples:\n" + "\n".join(lines)])
-    return Parser(f"riformer {name}", verb.__doc__ or "", end, renamed)
+    return options.verb_parser(name, verb, EXAMPLES[name], about, renamed)
 
 
 def load_model(path: str | Path) -> nn.Module:

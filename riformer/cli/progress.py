@@ -7,8 +7,8 @@ from typing import Any, Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
-from riformer.cli.console import Console, printable
 from riformer.distill.objective import TERMS
+from riformer_runtime.cli.console import Console, printable
 
 LINE_SECONDS = 15  # without a terminal, a training prints at most one line in this time, and its last
 

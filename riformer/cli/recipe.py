@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from riformer.cli.options import check_name, verb_parser
-from riformer.cli.parsing import Parser, dashed, written
 from riformer.config import MOVABLE, Recipe, from_dict, reset_unused, upgrade
 from riformer.config.knobs import default_of, option, value_of, with_value
 from riformer.config.serialise import MOVED
 from riformer.recipes import RECIPES, RENAMED, RUNGS, at_budget
 from riformer.train.run import Run
+from riformer_runtime.cli.parsing import Parser, dashed, written
 
 SHORT_HELP = (
     *("data.name", "data.img_size", "data.num_workers", "augment.hflip", "model.name", "model.start"),

@@ -8,10 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from riformer.cli.console import Console, printable
 from riformer.measure.dryrun import Projection
 from riformer.measure.profile import Profile
 from riformer.train.run import Run
+from riformer_runtime.cli.console import Console, printable
 
 
 def print_projections(projections: list[Projection], console: Console) -> None:

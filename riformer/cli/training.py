@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import get_type_hints
 
 from rich.table import Table
+from torch import nn
 
+from riformer.cli.models import open_model
 from riformer.cli.options import console, errors, load_model, main_console, verb_parser
-from riformer.cli.parsing import written
 from riformer.cli.progress import TrainProgress
 from riformer.cli.recipe import RecipeOptions
 from riformer.cli.tables import print_evaluations, print_projections, print_runs
@@ -18,10 +19,14 @@ from riformer.config import DataConfig
 from riformer.data.orders import read_class_names
 from riformer.measure.dryrun import dry_run
 from riformer.recipes import DEFAULT_RUNGS
+from riformer.runtime.runner import AsModule
 from riformer.study.evaluation import evaluate_model, evaluation
 from riformer.study.ladder import run_ladder, run_recipe
 from riformer.train.run import Run
-from riformer.walk import describe
+from riformer_runtime.artifact import is_artifact
+from riformer_runtime.cli.parsing import written
+from riformer_runtime.cli.predict import chosen_runner
+from riformer_runtime.walk import describe
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +99,16 @@ def evaluate(argv: list[str]) -> int:
 
     Of a run: on its own data, with its teacher, parity and speed; recorded in the run folder. Of any saved model, or
     with --data.name (--data for short): on the data given, with the model's own preprocessing and class names; of a
-    folder of class folders without splits, on all its images, but for those that the model was trained on.
+    folder of class folders without splits, on all its images, but for those that the model was trained on. What
+    riformer export wrote is evaluated like a saved model, on the engine that predict takes.
     """
     argv = [re.sub(r"^--data(?==|$)", "--data.name", argument) for argument in argv]
     parser = verb_parser("eval", evaluate)
-    parser.add_argument("model", type=str, help="run folder, model folder or weights file")
+    model_help = "run folder, model folder, weights file, or what riformer export wrote"
+    parser.add_argument("model", type=str, help=model_help)
+    engine_help = "native, onnxruntime and so on, of what riformer export wrote (default: the fastest)"
+    parser.add_argument("--engine", type=str, default="auto", help=engine_help)
+    parser.add_argument("--precision", type=str, default="", help="fp32, bf16, int8 and so on, likewise")
     split_help = "train, val or test (default: test where there is one)"
     parser.add_argument("--split", type=str, default="", help=split_help)
     for name in ("name", "root", "val_fraction", "split_seed", "on_bad", "num_workers"):
@@ -136,9 +146,15 @@ def evaluate(argv: list[str]) -> int:
     else:
         what = "is not a run folder, so it names no data: give --data.name" if path.exists() else "is not there"
         raise ValueError(f"{path} {what}")
+    if is_artifact(path):
+        model: nn.Module = AsModule(chosen_runner(str(path), open_model, options.engine, options.precision))
+    elif options.engine != "auto" or options.precision:
+        raise ValueError(f"--engine and --precision choose among what riformer export wrote, and {path} is none of it")
+    else:
+        model = load_model(path)
     table = Table("form", "top-1 %", "top-5 %", "loss", "images", title=f"{path} on {data.name}")
     classes = read_class_names(options.classes, "--classes")
-    for form, result in evaluate_model(load_model(path), data, options.split, classes=classes, **origin).items():
+    for form, result in evaluate_model(model, data, options.split, classes=classes, **origin).items():
         table.add_row(form, f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", str(result.num_images))
     console.print(table)
     return 0

@@ -6,7 +6,7 @@ The type of a knob says what values it allows, rules.py what goes together.
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
-from riformer.config.validate import (
+from riformer_runtime.validate import (
     Count,
     CountOrZero,
     NotNegative,

@@ -14,7 +14,7 @@ from riformer.config.knobs import (
     value_of,
     with_value,
 )
-from riformer.config.validate import refusals
+from riformer_runtime.validate import refusals
 
 TIMM_POLICY = tuple(f"augment.{f.name}" for f in fields(AugmentConfig) if f.name != "policy")
 SIZES = ("mixer", "depths", "dims", "stem_patch", "stem_stride", "down_patch", "layer_scale_init")

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from riformer.config.knobs import Recipe, ResearchConfig
-from riformer.config.validate import build, refusals
+from riformer_runtime.validate import build, refusals
 
 MOVED = {f"distill.{f.name}": f"research.{f.name}" for f in fields(ResearchConfig)}
 """Knobs that had another place in earlier versions, with the place of today."""

@@ -23,7 +23,7 @@ from riformer.config import AugmentConfig, DataConfig
 from riformer.data.dataset import ImageList
 from riformer.data.warp import GOLDEN, warp
 from riformer.data.workers import check_shared_memory, load
-from riformer.preprocess import Preprocessing
+from riformer_runtime.preprocess import Preprocessing
 
 
 @contextmanager
@@ -281,12 +281,11 @@ class _EvalParts:
     """Batches of evaluation; the key of one is the range of its indices."""
 
     def __init__(self, images: ImageList, preprocessing: Preprocessing):
-        self.images = images
-        self.transform = preprocessing.transform()
+        self.images, self.preprocessing = images, preprocessing
 
     def __getitem__(self, indices: range) -> tuple[Tensor, Tensor]:
-        images = torch.stack([self.transform(self.images.read(index)) for index in indices])
-        return images, torch.tensor([self.images.labels[index] for index in indices])
+        images = np.stack([self.preprocessing(self.images.read(index)) for index in indices])
+        return torch.from_numpy(images), torch.tensor([self.images.labels[index] for index in indices])
 
 
 def eval_batches(

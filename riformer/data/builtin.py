@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
-from riformer.caches import cache_folder
 from riformer.data.splits import hash_ranks
 from riformer.data.warp import warp
+from riformer_runtime.caches import cache_folder
 
 DIGITS_CLASSES = tuple("0123456789")
 FASHION_CLASSES = (

@@ -23,8 +23,8 @@ from riformer.data.folders import Layout, Split, find_splits
 from riformer.data.orders import natural_order
 from riformer.data.scan import check_files
 from riformer.data.splits import duplicates, hold_out
-from riformer.images import read_image
-from riformer.walk import describe
+from riformer_runtime.images import read_image
+from riformer_runtime.walk import describe
 
 logger = logging.getLogger(__name__)
 

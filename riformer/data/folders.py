@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from riformer.data.orders import natural_order
-from riformer.walk import Walk
+from riformer_runtime.walk import Walk
 
 SPLIT_WORDS = {
     "train": ("train", "training", "trn"),

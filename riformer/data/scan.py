@@ -16,9 +16,9 @@ from typing import Any
 
 import PIL
 
-from riformer.caches import cache_folder
-from riformer.images import read_image
-from riformer.version import __version__
+from riformer_runtime.caches import cache_folder
+from riformer_runtime.images import read_image
+from riformer_runtime.version import __version__
 
 logger = logging.getLogger(__name__)
 

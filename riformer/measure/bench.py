@@ -24,13 +24,13 @@ from riformer.atomic import write_text
 from riformer.export.engines import ENGINES
 from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
-from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.limit import product_peak, products_alone
 from riformer.model.fuse import deploy_form, remaining_mixers
 from riformer.model.weights import load
-from riformer.runtime.native import supported
+from riformer.runtime.latency import Spread, images_per_s
 from riformer.runtime.optimize import DTYPES
 from riformer.runtime.parity import compare, full_float32
+from riformer_runtime.native.library import supported
 
 BYTES = {"fp32": 4, "bf16x3": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp64": 8}
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from riformer.runtime.native import UnavailableError, products_in_cache
+from riformer_runtime.native.library import UnavailableError
+from riformer_runtime.native.network import products_in_cache
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -71,11 +72,11 @@ def product_peak(dtype: torch.dtype, device: torch.device) -> Callable[[], float
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype)
     if device.type == "cpu" and precision:
         try:
-            products_in_cache(precision, 1)
+            products_in_cache(precision, 1, torch.get_num_threads())
         except UnavailableError:
             pass
         else:
-            return lambda: _rate(partial(products_in_cache, precision, 100_000))
+            return lambda: _rate(partial(products_in_cache, precision, 100_000, torch.get_num_threads()))
     # Choice: 512 on a CPU, because without bf16 instructions a product of 1024 takes two seconds
     size, repeats = (8192, 10) if device.type == "cuda" else (512, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

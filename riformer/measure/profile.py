@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from riformer.distill.families import Family, block_names, family_of
 from riformer.measure.cost import count_macs_by_module
-from riformer.measure.latency import Spread
+from riformer.runtime.latency import Spread
 
 TOLERANCE = 0.05
 

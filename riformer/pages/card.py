@@ -17,11 +17,11 @@ from riformer.distill.objective import IMITATION
 from riformer.measure.cost import count_macs, count_params
 from riformer.model.fuse import FORMS, remaining_mixers
 from riformer.model.metaformer import MetaFormer
+from riformer.model.preprocessing import preprocessing_of
 from riformer.model.weights import load
 from riformer.pages.markdown import code, plain, table
 from riformer.pages.style import one_line
-from riformer.preprocess import Preprocessing
-from riformer.runtime.predict import class_names
+from riformer.runtime.manifest import class_names
 from riformer.train.run import Run
 
 TASK = "image-classification"
@@ -138,7 +138,7 @@ def _what_it_is(form: str, mixers: str, trained: nn.Module) -> str:
 def _facts(model: nn.Module, form: str, recipe: Recipe, data: dict[str, Any]) -> str:
     splits = {split: content["num_images"] for split, content in data.get("splits", {}).items()}
     sizes = ", ".join(f"{count:,} {split}" for split, count in splits.items()) or "number of images not recorded"
-    _, height, width = Preprocessing.of_model(model).input_size
+    _, height, width = preprocessing_of(model).input_size
     rows = {
         "architecture": f"{code(recipe.model.name)}, {form} form",
         "parameters": f"{count_params(model):,}",
@@ -267,7 +267,7 @@ def _teacher(reference: str, recipe: Recipe) -> str:
 
 
 def _preprocessing(model: nn.Module) -> str:
-    used = Preprocessing.of_model(model)
+    used = preprocessing_of(model)
     channels, height, width = used.input_size
     share = f"{used.crop_pct:.4g} of {'the side' if height == width else 'each side'}"
     crop = _CROPS.get(used.crop_mode, _CROPS["center"]).format(interpolation=used.interpolation, share=share)

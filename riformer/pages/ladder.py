@@ -14,12 +14,12 @@ from riformer.data.batches import eval_batches, preprocessing
 from riformer.data.dataset import open_dataset
 from riformer.distill.families import block_names
 from riformer.distill.taps import tap
-from riformer.measure.latency import Spread, images_per_s
 from riformer.measure.quoted import LADDER
 from riformer.model.fuse import deploy_form
 from riformer.model.weights import load
 from riformer.pages.style import GREY, PALETTE, drawing, one_line, svg, templates, write_page
 from riformer.recipes import RUNGS
+from riformer.runtime.latency import Spread, images_per_s
 from riformer.study.comparison import Comparison, Record, is_finished, mean, record
 from riformer.train.run import Run
 

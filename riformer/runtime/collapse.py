@@ -17,41 +17,7 @@ from torch import Tensor, nn
 
 from riformer.model.fuse import fold, remaining_mixers
 from riformer.model.metaformer import MetaFormer
-
-
-class BlockWeights(NamedTuple):
-    """A folded block. Shape: norms and fc2_bias [C], fc1_weight [H, C], fc1_bias [H], fc2_weight [C, H]."""
-
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    norm2_weight: Tensor
-    norm2_bias: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-
-
-class ConvWeights(NamedTuple):
-    """The stem, or the step between two stages. Shape: weight [C, C', k, k], bias [C]."""
-
-    weight: Tensor
-    bias: Tensor
-    stride: int
-    padding: int
-
-
-class NetworkWeights(NamedTuple):
-    """A folded network: a convolution before each stage, the stages' blocks, and head.norm merged into head.fc.
-
-    Shape: head_weight [K, C], head_bias [K].
-    """
-
-    convs: tuple[ConvWeights, ...]
-    stages: tuple[tuple[BlockWeights, ...], ...]
-    head_weight: Tensor
-    head_bias: Tensor
-    eps: float
+from riformer_runtime.native.weights import BlockWeights, ConvWeights, NetworkWeights
 
 
 class Coefficients(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from riformer.runtime.collapse import NetworkWeights
+from riformer_runtime.native.weights import NetworkWeights, check_size
 
 INSTEAD = "use riformer.fuse(model), or riformer.optimize(model, example, backend='portable')"
 
@@ -38,8 +38,8 @@ class OpaqueNetwork(nn.Module):
     def __init__(self, weights: NetworkWeights, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.dtype, self.device = dtype, device
-        self.in_chans, self.num_outputs = weights.convs[0].weight.shape[1], len(weights.head_bias)
-        self._geometry = [(conv.weight.shape[-1], conv.stride, conv.padding) for conv in weights.convs]
+        self.in_chans, self.num_outputs = weights.in_chans, len(weights.head_bias)
+        self._geometry = weights.geometry
 
     def compute(self, images: Tensor) -> Tensor:
         """The logits of images that fit the network, a plain tensor without gradients."""
@@ -65,16 +65,8 @@ class OpaqueNetwork(nn.Module):
                 f"images are {list(images.shape)} on {images.device}; the {self.backend} network takes "
                 f"[N, {self.in_chans}, H, W] on {self.device}"
             )
-        height, width = images.shape[2:]
-        if min(self._map_size(height), self._map_size(width)) < 1:
-            raise ValueError(f"images of {height} x {width} pixels are too small for this network")
+        check_size(self._geometry, *images.shape[2:])
         return self.compute(images.detach().as_subclass(Tensor))
-
-    def _map_size(self, size: int) -> int:
-        """Height or width of the last map, in tokens, for images of that height or width in pixels."""
-        for kernel, stride, padding in self._geometry:
-            size = (size + 2 * padding - kernel) // stride + 1
-        return size
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)

@@ -7,18 +7,24 @@ kernels for the example's device, and has been compared with the model on the ex
 import logging
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from itertools import chain
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from riformer.model.metaformer import MetaFormer
 from riformer.runtime.collapse import Collapsed, network_weights
-from riformer.runtime.native import NativeNetwork, UnavailableError, best_products
+from riformer.runtime.manifest import manifest_of
+from riformer.runtime.native import NativeNetwork
 from riformer.runtime.opaque import OpaqueNetwork
 from riformer.runtime.parity import ParityReport, compare
+from riformer_runtime.artifact import Manifest
+from riformer_runtime.engines import describe
+from riformer_runtime.native.library import UnavailableError, best_products
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +51,19 @@ DEVICES = {"native": ("cpu",), "triton": ("cuda",)}
 class Runtime(nn.Module):
     """What `optimize` returns: a network that is only run, by several threads at once if need be.
 
-    `riformer.runtime.predict.predict` and the evaluations take it as they take a model. It stays in the precision that
-    it was made in. A native or triton one also stays on its device, gives no gradients and can be neither traced nor
-    pickled (see `OpaqueNetwork`); a portable one is a module of plain PyTorch.
+    It is a `riformer_runtime.Runner`, so that prediction, evaluation and serving take it: given an array it returns an
+    array. It stays in the precision that it was made in. A native or triton one also stays on its device, gives no
+    gradients and can be neither traced nor pickled (see `OpaqueNetwork`); a portable one is a module of plain PyTorch.
 
     A process that called a native runtime on several threads must not be forked: the child would hang at its first
     call, as it does with PyTorch's own operators. Start such processes with "spawn" or "forkserver".
 
     Attributes:
         network: the collapsed form on its backend.
-        backend: "native", "triton" or "portable".
+        engine: the backend, "native", "triton" or "portable".
         precision: the one that products are computed in.
         requested_precision: the one asked for, which may be narrower.
-        instruction_set: of the native backend, such as "avx512_bf16"; else "".
+        detail: the instruction set of the native backend, such as "avx512_bf16"; else "".
         parity: how far the example's logits are from the model's.
         pretrained_cfg: the model's, with its preprocessing and, where it has them, class names.
         num_classes: number of logits; 0 where the network returns pooled features.
@@ -70,16 +76,29 @@ class Runtime(nn.Module):
         self, network: nn.Module, backend: str, requested_precision: str, parity: ParityReport, model: MetaFormer
     ):
         super().__init__()
-        self.network, self.backend, self.parity = network, backend, parity
+        self.network, self.engine, self.parity = network, backend, parity
         self.requested_precision = requested_precision
         self.precision = getattr(network, "products", requested_precision)
-        self.instruction_set = getattr(network, "instruction_set", "")
+        self.detail = getattr(network, "instruction_set", "")
         self.pretrained_cfg = deepcopy(getattr(model, "pretrained_cfg", {}))
         self.num_classes, self.in_chans = model.num_classes, model.in_chans
         self.eval()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Any) -> Any:
+        """The logits, as a tensor of a tensor, as an array of an array."""
+        if isinstance(images, np.ndarray):
+            tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+            return self.network(tensor).cpu().numpy()
         return self.network(images)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Class names, preprocessing and the like.
+
+        Raises:
+            ValueError: the model carries no preprocessing.
+        """
+        return replace(manifest_of(self), form="deploy")
 
     def train(self, mode: bool = True) -> Self:
         """Changes nothing: a runtime computes what the model computes in eval mode."""
@@ -94,11 +113,6 @@ class Runtime(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of images that loses nothing; others are converted."""
         return torch.float64 if self.precision == "fp64" else torch.float32
-
-    @property
-    def engine(self) -> str:
-        """Backend, precision and instruction set in a few words, such as "native, fp32, avx512_bf16"."""
-        return ", ".join(filter(None, (self.backend, self.precision, self.instruction_set)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What .to(), .half() and .cuda() call.
@@ -116,7 +130,7 @@ class Runtime(nn.Module):
 
     def extra_repr(self) -> str:
         asked = "" if self.precision == self.requested_precision else f", asked for={self.requested_precision!r}"
-        return f"engine={self.engine!r}{asked}"
+        return f"engine={describe(self)!r}{asked}"
 
 
 @torch.no_grad()

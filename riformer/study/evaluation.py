@@ -21,11 +21,11 @@ from riformer.data.workers import dead_workers_explained
 from riformer.distill.teachers import class_names, describe, known_names
 from riformer.machine import environment
 from riformer.measure.cost import count_macs, count_params
-from riformer.measure.latency import Spread, images_per_s
 from riformer.model.fuse import deploy_form
 from riformer.model.metaformer import MetaFormer
+from riformer.model.preprocessing import preprocessing_of
 from riformer.model.weights import load
-from riformer.preprocess import Preprocessing
+from riformer.runtime.latency import Spread, images_per_s
 from riformer.runtime.parity import compare, full_float32
 from riformer.train.build import build_teachers
 from riformer.train.evaluate import Evaluation, evaluate
@@ -67,7 +67,7 @@ def evaluation(path: str | Path) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     student = load(best).to(device)
-    preprocessing, num_workers = Preprocessing.of_model(student), recipe.data.num_workers
+    preprocessing, num_workers = preprocessing_of(student), recipe.data.num_workers
 
     def read() -> Iterable[tuple[Tensor, Tensor]]:
         return eval_batches(images, preprocessing, BATCH_SIZE, num_workers)
@@ -152,7 +152,7 @@ def evaluate_model(
             mean the classes in another order; its logits are not finite.
     """
     config = model.pretrained_cfg
-    preprocessing = Preprocessing.of_model(model)
+    preprocessing = preprocessing_of(model)
     data = replace(data, img_size=preprocessing.input_size[-1])  # of which only glyphs take notice
     if seed is not None:
         data = replace(data, split_seed=seed)

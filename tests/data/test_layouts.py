@@ -13,7 +13,7 @@ from image_folders import fill, opened, put, through_json
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from riformer.data.folders import find_splits
-from riformer.walk import Walk, describe, find_images
+from riformer_runtime.walk import Walk, describe, find_images
 
 CLASSES = {"ant": 3, "bee": 3}
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

@@ -13,9 +13,9 @@ from riformer import cli
 from riformer.distill.families import family_of
 from riformer.measure import profile as module
 from riformer.measure.cost import count_macs
-from riformer.measure.latency import Spread
 from riformer.measure.profile import KINDS, Module, Profile, Step, profile
 from riformer.pages.profile import draw
+from riformer.runtime.latency import Spread
 
 QUICK = dict(rounds=3, seconds=0.001)
 

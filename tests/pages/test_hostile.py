@@ -22,7 +22,6 @@ from run_folders import (
     write_run,
 )
 
-from riformer.measure.latency import Spread
 from riformer.measure.profile import KINDS, Module, Profile, Step
 from riformer.pages.card import model_card
 from riformer.pages.ladder import write_ladder_report
@@ -30,6 +29,7 @@ from riformer.pages.markdown import code, plain
 from riformer.pages.profile import draw
 from riformer.pages.report import _in_legend, write_report
 from riformer.pages.style import drawing, one_line, readable, svg
+from riformer.runtime.latency import Spread
 
 TAME = {kind: f"tame-{i:02}" for i, kind in enumerate(NAMES)}
 

@@ -79,7 +79,7 @@ def test_convolutions_equal_their_reference(conv: tuple[int, int, int, int], dty
 def test_networks_equal_their_training_form_at_odd_sizes(name: str, precision: str) -> None:
     model = randomised(timm.create_model(name, num_classes=10)).cuda().eval()
     fast = riformer.optimize(model, images(2, 3, 224, 224).cuda(), precision)
-    assert (fast.backend, fast.precision) == ("triton", precision)
+    assert (fast.engine, fast.precision) == ("triton", precision)
     for shape in ((1, 3, 224, 224), (2, 3, 197, 131), (9, 3, 224, 224)):  # replayed, replayed, launched
         batch = images(*shape).cuda()
         assert compare(model, fast, [batch]).max_rel < TOLERANCE[precision]

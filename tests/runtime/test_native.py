@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from tiny import images, randomised, tiny
 
-from riformer.runtime import native
 from riformer.runtime.collapse import network_weights
-from riformer.runtime.native import INSTRUCTION_SETS, NativeNetwork, UnavailableError, best_products, build, supported
+from riformer.runtime.native import NativeNetwork
 from riformer.runtime.parity import compare
+from riformer_runtime.native import library as native
+from riformer_runtime.native.library import INSTRUCTION_SETS, UnavailableError, best_products, build, supported
 
 EMULATED = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
 BARS = {"fp32": 1e-5, "bf16": 3e-2, "bf16x3": 5e-5}

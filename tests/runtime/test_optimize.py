@@ -8,9 +8,9 @@ from torch import nn
 import riformer
 from riformer.runtime import native
 from riformer.runtime import optimize as optimizing
-from riformer.runtime.native import UnavailableError, supported
 from riformer.runtime.optimize import BACKENDS, optimize
 from riformer.runtime.parity import compare
+from riformer_runtime.native.library import UnavailableError, supported
 
 HERE = [(b, p) for b, precisions in BACKENDS.items() for p in precisions if b != "triton"]
 
@@ -53,8 +53,8 @@ def test_training_mode_and_bf16_weights_are_taken_as_they_are():
 @pytest.mark.skipif(not supported(), reason="no native network here")
 def test_auto_takes_the_native_network_and_falls_back_once(monkeypatch, caplog):
     model = randomised(tiny()).eval()
-    assert optimize(model, images()).backend == "native"
-    assert optimize(model, images(), "fp64").backend == "portable"
+    assert optimize(model, images()).engine == "native"
+    assert optimize(model, images(), "fp64").engine == "portable"
 
     def unavailable(*_):
         raise UnavailableError("no compiler")
@@ -62,7 +62,7 @@ def test_auto_takes_the_native_network_and_falls_back_once(monkeypatch, caplog):
     monkeypatch.setattr(optimizing, "NativeNetwork", unavailable)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert optimize(model, images()).backend == "portable"
+            assert optimize(model, images()).engine == "portable"
     assert [r.message for r in caplog.records] == ["no compiler; running in plain PyTorch instead"]
     with pytest.raises(RuntimeError, match="no compiler"):
         optimize(model, images(), backend="native")

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from riformer.runtime.predict import class_names, on_engine, predict
 
 import riformer
-from riformer.runtime.native import supported
 from riformer.runtime.parity import compare
-from riformer.runtime.predict import class_names, on_engine, predict
+from riformer_runtime.native.library import supported
 
 LOGITS = torch.tensor([[1.0, -4.0], [0.5, 0.25], [2.0, 3.0]])
 

@@ -13,7 +13,7 @@ from textwrap import fill, wrap
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from riformer.config.validate import refusal
+from riformer_runtime.validate import refusal
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf")
 METAVARS = {int: "N", float: "X", str: "TEXT", dict: "JSON"}

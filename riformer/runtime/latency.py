@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,14 @@ class Spread:
 
 @torch.inference_mode()
 def images_per_s(
-    models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int = 15, seconds: float = 0.02
+    models: Mapping[str, Callable[[Any], Any]], images: Any, rounds: int = 15, seconds: float = 0.02
 ) -> dict[str, list[float]]:
     """Images per second of each model in each round; the models take turns (A B C A B C ...), after a warm-up.
 
     A turn repeats the batch for about `seconds`, so that the clock's resolution does not matter for fast models.
     Compare models round by round, because other load on the machine then slows all of them.
 
-    Shape: images [N, 3, H, W], on the models' device.
+    Shape: images [N, 3, H, W], a tensor on the models' device, or an array for runners.
     """
     repeats = {}
     for name, model in models.items():
@@ -46,10 +47,10 @@ def images_per_s(
     return rates
 
 
-def _timed(model: Callable[[Tensor], Tensor], images: Tensor, repeats: int) -> float:
+def _timed(model: Callable[[Any], Any], images: Any, repeats: int) -> float:
     began = time.perf_counter()
     for _ in range(repeats):
         model(images)
-    if images.is_cuda:
+    if isinstance(images, Tensor) and images.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -1,8 +1,8 @@
 """Image files below a folder: one walk for training, evaluation and prediction.
 
 The policy:
-    - an image is what has a suffix of `riformer.images.EXTENSIONS` and is no folder; whether it can be read is for its
-      reader to say, also of broken links, pipes and devices;
+    - an image is what has a suffix of `riformer_runtime.images.EXTENSIONS` and is no folder; whether it can be read is
+      for its reader to say, also of broken links, pipes and devices;
     - hidden files and folders are left out, and those that systems and file servers make, such as thumbnails;
     - links are followed, but into no folder twice and into none that holds the one where the walk began;
     - everything that is left out is counted by reason.
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from riformer.images import EXTENSIONS
+from riformer_runtime.images import EXTENSIONS
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from riformer.caches import cache_folder
+from riformer_runtime.caches import cache_folder
 
 ROOT = Path(__file__).parents[1]
 

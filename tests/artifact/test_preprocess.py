@@ -9,14 +9,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from riformer.runtime.predict import predict
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import riformer  # noqa: F401  (registers the networks)
 from riformer.config import DataConfig
-from riformer.preprocess import CROP_MODES, MAX_ASPECT, Preprocessing, cut_long
-from riformer.runtime.predict import predict
+from riformer.model.preprocessing import preprocessing_of
 from riformer.study.evaluation import evaluate_model
+from riformer_runtime.preprocess import CROP_MODES, MAX_ASPECT, Preprocessing, cut_long
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 
@@ -29,7 +30,7 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (7, 7), (2, 64), (320, 10)])
 def test_ordinary_images_are_transformed_as_by_timm(size: tuple[int, int], mode: str) -> None:
-    ours = Preprocessing((3, 24, 24), 0.9, mode, "bicubic", MEAN, STD).transform()
+    ours = Preprocessing((3, 24, 24), 0.9, mode, "bicubic", MEAN, STD)
     timms = create_transform((3, 24, 24), crop_pct=0.9, crop_mode=mode, interpolation="bicubic", mean=MEAN, std=STD)
     torch.testing.assert_close(ours(noise(*size)), timms(noise(*size)), atol=0, rtol=0)
 
@@ -55,9 +56,7 @@ def test_it_is_timms_for_what_the_model_carries(config: dict[str, Any]) -> None:
     model = network(**config)
     expected = create_transform(**resolve_model_data_config(model))
     for size in ((50, 30), (30, 50), (17, 90), (200, 200)):
-        torch.testing.assert_close(
-            Preprocessing.of_model(model).transform()(noise(*size)), expected(noise(*size)), atol=0, rtol=0
-        )
+        torch.testing.assert_close(preprocessing_of(model)(noise(*size)), expected(noise(*size)), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -81,18 +80,18 @@ def test_prediction_and_evaluation_see_the_same_inputs(config: dict[str, Any], i
 def test_grey_networks_see_grey_images() -> None:
     model = network(in_chans=1, mean=(0.5,), std=(0.25,))
     grey = np.asarray(noise(24, 24).convert("L"), dtype=np.float32) / 255
-    used = Preprocessing.of_model(model)
-    transform = Preprocessing((1, 24, 24), 1.0, used.crop_mode, used.interpolation, used.mean, used.std).transform()
+    used = preprocessing_of(model)
+    transform = Preprocessing((1, 24, 24), 1.0, used.crop_mode, used.interpolation, used.mean, used.std)
     torch.testing.assert_close(transform(noise(24, 24))[0], torch.from_numpy((grey - 0.5) / 0.25))
     for mode in CROP_MODES:
         model.pretrained_cfg["crop_mode"] = mode
-        assert model(Preprocessing.of_model(model).transform()(noise(50, 20))[None]).shape == (1, 3)
+        assert model(preprocessing_of(model)(noise(50, 20))[None]).shape == (1, 3)
 
 
 def test_random_interpolation_is_bilinear_and_one_number_counts_for_all_channels() -> None:
     random, bilinear = (network(interpolation=name, mean=(0.5,), std=0.25) for name in ("random", "bilinear"))
-    assert Preprocessing.of_model(random) == Preprocessing.of_model(bilinear)
-    assert Preprocessing.of_model(random).mean == (0.5, 0.5, 0.5)
+    assert preprocessing_of(random) == preprocessing_of(bilinear)
+    assert preprocessing_of(random).mean == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_random_interpolation_is_bilinear_and_one_number_counts_for_all_channels
 )
 def test_values_that_no_image_can_be_brought_to_are_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Preprocessing.of_model(network(**config))
+        preprocessing_of(network(**config))
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (2, 3_000_000), (3, 97)])
@@ -117,7 +116,7 @@ def test_thin_images_are_cut_around_their_centre_before_they_are_resized(size: t
     image = Image.new("RGB", size, "red")
     middle = cut_long(image)
     assert max(middle.size) == MAX_ASPECT * min(size)
-    transform = Preprocessing((3, 24, 24), 0.9, "center", "bicubic", (0, 0, 0), (1, 1, 1)).transform()
+    transform = Preprocessing((3, 24, 24), 0.9, "center", "bicubic", (0, 0, 0), (1, 1, 1))
     resized = [step for step in transform.transforms if "Resize" in repr(step)]
     assert len(resized) == 1
     assert max(resized[0](middle).size) <= MAX_ASPECT * 27
@@ -128,6 +127,6 @@ def test_thin_images_are_cut_around_their_centre_before_they_are_resized(size: t
 def test_the_cut_keeps_what_the_crop_would_have_kept() -> None:
     image = noise(4, 4 * MAX_ASPECT + 40)
     timms = create_transform((3, 24, 24), crop_pct=0.9, interpolation="bicubic", mean=MEAN, std=STD)
-    ours = Preprocessing((3, 24, 24), 0.9, "center", "bicubic", MEAN, STD).transform()
+    ours = Preprocessing((3, 24, 24), 0.9, "center", "bicubic", MEAN, STD)
     assert cut_long(image).size != image.size
     torch.testing.assert_close(ours(image), timms(image), atol=0.05, rtol=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from riformer.images import EXTENSIONS, FORMATS, read_image
+from riformer_runtime.images import EXTENSIONS, FORMATS, read_image
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 

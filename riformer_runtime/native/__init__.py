@@ -1,0 +1,1 @@
+"""RIFormers by matrix products of this package's own, in C++, on a CPU."""
