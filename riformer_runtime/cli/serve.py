@@ -68,10 +68,11 @@ def serve_verb(argv: list[str], open_model: OpenModel) -> int:
     key = api_key(options.api_key_file)
     paths = named(options.models)
     try:
-        from riformer_runtime.serve.app import Model, make_app
+        from riformer_runtime.serve.app import make_app
         from riformer_runtime.serve.limits import Gate, Limits
         from riformer_runtime.serve.samples import samples
         from riformer_runtime.serve.server import listen, serve
+        from riformer_runtime.serve.service import Model
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("riformer"):
             raise

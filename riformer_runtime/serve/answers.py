@@ -22,7 +22,7 @@ class ImageAnswer(BaseModel):
     """What the model says of an image, or why it could not be read."""
 
     name: Annotated[str, Field(description="as it was sent")]
-    classes: Annotated[list[Class], Field(description="the most probable first; absent with `error`")]
+    classes: Annotated[list[Class], Field(description="the most probable first; absent with an error")]
     read_ms: Annotated[float, Field(description="to decode and resize the image")]
     wait_ms: Annotated[float, Field(description="until its batch began")]
     compute_ms: Annotated[float, Field(description="of its batch in the network")]
