@@ -55,16 +55,14 @@ def table_of(found: list[Check]) -> Table:
 
 def table_of_payloads(artifact: Artifact) -> Table:
     """A row for each payload, with what the manifest says of it."""
-    table = Table(
-        "payload", "files", "size", "largest difference", "same class", "images/s", "top-1", title=str(artifact.path)
-    )
+    headings = ("payload", "size", "largest difference", "same class", "images/s", "top-1")
+    table = Table(*headings, title=str(artifact.path))
     for payload in artifact.payloads:
         sizes = [(artifact.path / name).stat().st_size for name in payload.files if artifact.path.is_dir()]
         size = sum(sizes) if sizes else artifact.path.stat().st_size
         accuracy = payload.accuracy
         table.add_row(
             str(payload),
-            " ".join(payload.files) if sizes else artifact.path.name,
             f"{size / 2**20:.1f} MiB",
             f"{payload.parity['max_rel']:.1e}",
             f"{payload.parity['top1_agreement']:.1%}",
