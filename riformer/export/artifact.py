@@ -119,10 +119,10 @@ def export(
         for name, precision in wanted:
             target, say = EXPORTERS[name], partial(_prefixed, status, f"{name} {precision}")
             options = Options(precision=precision, inside=inside)
+            if can_collapse(model) and name not in forms:
+                say("comparing the forms of the graph")
+                forms[name] = _rates_by_form(model, target, images[:BATCH_SIZE], options)
             if can_collapse(model):
-                if name not in forms:
-                    say("comparing the forms of the graph")
-                    forms[name] = _rates_by_form(model, target, images[:BATCH_SIZE], options)
                 options = replace(options, form=max(target.forms, key=lambda form: forms[name].get(form, 0.0)))
             say("writing")
             try:

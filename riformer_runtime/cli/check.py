@@ -36,6 +36,9 @@ def check_verb(argv: list[str]) -> int:
             console.out(json.dumps(asdict(one)), highlight=False)
     else:
         console.print(table_of(found))
+        for text in dict.fromkeys(f"{one.payload}: {one.problem or one.skipped}" for one in found):
+            if not text.endswith(": "):
+                console.print(text, soft_wrap=True)
         manifest = artifact.manifest
         console.print(
             f"{manifest.architecture}, {manifest.num_classes} classes, exported {manifest.environment.get('date')}"
@@ -48,7 +51,7 @@ def table_of(found: list[Check]) -> Table:
     table = Table("payload", "ran on", "largest difference", "same class", "result")
     for one in found:
         numbers = (f"{one.parity['max_rel']:.1e}", f"{one.parity['top1_agreement']:.1%}") if one.parity else ("", "")
-        result = f"wrong: {one.problem}" if one.problem else f"not run: {one.skipped}" if one.skipped else "right"
+        result = "wrong" if one.problem else "not run" if one.skipped else "right"
         table.add_row(str(one.payload), one.engine, *numbers, result)
     return table
 
