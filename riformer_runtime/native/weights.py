@@ -85,7 +85,8 @@ def check_weights(weights: NetworkWeights) -> None:
         channels = columns
         for j, block in enumerate(blocks):
             (hidden,) = block.fc1_bias.shape
-            shapes = BlockWeights(*[(channels,)] * 4, (hidden, channels), (hidden,), (channels, hidden), (channels,))
+            norm = (channels,)
+            shapes = (norm, norm, norm, norm, (hidden, channels), (hidden,), (channels, hidden), norm)
             for name, values, shape in zip(BlockWeights._fields, block, shapes, strict=True):
                 _check(f"stages.{i}.{j}.{name}", values, shape)
     (num_outputs,) = weights.head_bias.shape
