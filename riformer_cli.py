@@ -22,7 +22,7 @@ VERBS = {
     "export": "write a run or model for other engines, each checked against the training form",
     "check": "verify what was exported: every file, and every payload on its engine",
     "predict": "label images with what was exported, or with a run or model",
-    "serve": "answer HTTP requests with the classes of images, and a page to try it",
+    "serve": "predictions over HTTP, and a page to try them on",
     "profile": "where a network's time goes, and the share of its token mixers",
     "bench": "images per second of networks on engines, side by side",
     "publish": "write a run's model with a card, for timm and the Hugging Face Hub",

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable
 
+from safetensors import SafetensorError
+
 from riformer.cli.export import export_verb
 from riformer.cli.models import convert_verb, fuse_verb, publish
 from riformer.cli.models import open_model as open_model
@@ -29,7 +31,8 @@ RESUMES = dict.fromkeys(("train", "ladder"), "; run the same command again to re
 
 def run(verb: str, argv: list[str]) -> int:
     """Runs a verb and returns the exit code. What the user can mend is one message, not a traceback."""
-    return options.run(verb, VERBS[verb], argv, message=_message, hint=RESUMES.get(verb, ""))
+    mendable = (*options.MENDABLE, SafetensorError)
+    return options.run(verb, VERBS[verb], argv, mendable=mendable, message=_message, hint=RESUMES.get(verb, ""))
 
 
 def _message(error: Exception) -> str:

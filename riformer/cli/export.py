@@ -18,7 +18,7 @@ from riformer.export.targets import EXPORTERS
 from riformer.model.preprocessing import preprocessing_of
 from riformer.model.weights import load
 from riformer.runtime.runner import AsModule
-from riformer.study.evaluation import evaluate_model
+from riformer.study.evaluation import open_split
 from riformer.train.run import Run
 from riformer_runtime.cli.check import table_of_payloads
 from riformer_runtime.engines import PayloadRunner
@@ -88,14 +88,19 @@ def _samples(options: Any, model: nn.Module) -> tuple[Samples, dict[str, Any]]:
         data = DataConfig(name="digits")
     data = replace(data, img_size=preprocessing_of(model).input_size[-1])
     dataset = open_dataset(data, record)
-    dataset.log()
+    if "int8" not in options.precision:
+        dataset.log()
     train = dataset.splits["train"]
     ranks = hash_ranks(train.names, train.labels)
     wanted = NUM_CALIBRATION if "int8" in options.precision else NUM_PROBE
     chosen = sorted(range(len(train)), key=lambda i: (ranks[i], train.labels[i]))[:wanted]
 
-    def accuracy(runner: PayloadRunner) -> float:
-        return evaluate_model(AsModule(runner), data, "val", record=record)["as saved"].top1
+    samples = Samples(dataset.name, (train.read(i) for i in chosen))
+    if "int8" not in options.precision or not (is_run or options.data.name):
+        return samples, source
+    validation = open_split(model, data, "val", record=record)
 
-    judged = accuracy if is_run or options.data.name else None
-    return Samples(dataset.name, (train.read(i) for i in chosen), judged), source
+    def accuracy(runner: PayloadRunner) -> float:
+        return validation.evaluate(AsModule(runner), str(runner.payload)).top1
+
+    return replace(samples, accuracy=accuracy), source

@@ -76,8 +76,9 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, options: Options) 
 
 
 def varying_dimensions(options: Options) -> list[dict[int, Any]]:
-    """Dimensions that may vary, in the order in which they are tried: number and size of images, then number alone."""
+    """Dimensions that may vary, in the order in which they are tried: those asked for, then without the size."""
     dynamic = torch.export.Dim.DYNAMIC
     if options.inside == "resize":
         return [{2: dynamic, 3: dynamic}]
-    return [{0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}] if options.dynamic else [{}]
+    number: dict[int, Any] = {0: dynamic} if options.dynamic else {}
+    return [{**number, 2: dynamic, 3: dynamic}, number] if options.any_size else [number]

@@ -90,59 +90,81 @@ def build(instruction_set: str, *more_flags: str) -> ctypes.CDLL:
     """The library for an instruction set: as it was installed, or else compiled unless it was before.
 
     Raises:
-        UnavailableError: there is no C++ compiler, or it fails.
+        UnavailableError: there is no C++ compiler, or it fails; or the library cannot be loaded.
     """
     try:
         library = installed(instruction_set)
         if more_flags or not library.is_file():
-            command, library = _compilation(instruction_set, *more_flags)
+            library = _in_cache(instruction_set, *more_flags)
             if not library.is_file():
-                with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                    beside = Path(folder) / library.name
-                    subprocess.run([*command, "-o", str(beside)], capture_output=True, check=True)
-                    beside.replace(library)
+                compile_library(instruction_set, library, *more_flags)
         return _with_signatures(ctypes.CDLL(str(library)))
-    except subprocess.CalledProcessError as error:
-        first_error = next((line for line in error.stderr.decode().splitlines() if "error" in line), error)
-        raise UnavailableError(f"{error.cmd[0]} does not compile the native network: {first_error}") from error
     except OSError as error:
-        raise UnavailableError(f"the native network cannot be built or loaded: {error}") from error
+        hint = ": install libgomp1, OpenMP's library" if "libgomp" in str(error) else ""
+        raise UnavailableError(f"the native network cannot be built or loaded: {error}{hint}") from error
 
 
 def installed(instruction_set: str) -> Path:
-    """The file of a library that came with the package, where there is one."""
+    """The file of a library that came with the package, where there is one; setup.py makes them."""
     return Path(__file__).with_name("compiled") / f"native-{instruction_set}-{_key(instruction_set)}.so"
 
 
 def is_compiled() -> bool:
     """Whether this machine has the library of its best instruction set, so that no compiler has to run."""
     try:
-        if not supported():
-            return False
-        return installed(supported()[0]).is_file() or _compilation(supported()[0])[1].is_file()
-    except (UnavailableError, OSError, subprocess.CalledProcessError):
+        return bool(supported()) and (installed(supported()[0]).is_file() or _in_cache(supported()[0]).is_file())
+    except (UnavailableError, OSError):
         return False
 
 
-def _compilation(instruction_set: str, *more_flags: str) -> tuple[list[str], Path]:
-    """The command without its output, and the file in which the library is kept."""
+def compile_library(instruction_set: str, file: Path, *more_flags: str) -> None:
+    """Compiles the library into a file, which appears whole or not at all.
+
+    Raises:
+        UnavailableError: there is no C++ compiler, or it fails.
+    """
+    flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set].compile_with, *more_flags)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        beside = Path(folder) / file.name
+        command = [*find_compiler(), *flags, str(SOURCES[0]), "-o", str(beside)]
+        try:
+            subprocess.run(command, capture_output=True, check=True)
+        except subprocess.CalledProcessError as error:
+            first_error = next((line for line in error.stderr.decode().splitlines() if "error" in line), error)
+            raise UnavailableError(f"{command[0]} does not compile the native network: {first_error}") from error
+        beside.replace(file)
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler.
+
+    Raises:
+        UnavailableError: there is none.
+    """
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
     if not compiler[0]:
         raise UnavailableError("the native network needs a C++ compiler: install g++, or name one in CXX")
-    command = [*compiler, *flags(instruction_set), *more_flags, str(SOURCES[0])]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    return compiler
+
+
+def _in_cache(instruction_set: str, *more_flags: str) -> Path:
+    """Where a library that is compiled here is kept; the name changes with the compiler too.
+
+    Raises:
+        UnavailableError: there is no C++ compiler, or it does not run.
+    """
+    compiler = find_compiler()
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise UnavailableError(f"{compiler[0]} --version fails: name a C++ compiler in CXX") from error
     key = _key(instruction_set, repr((compiler, more_flags, version)))
-    return command, cache_folder() / f"native-{instruction_set}-{key}.so"
-
-
-def flags(instruction_set: str) -> tuple[str, ...]:
-    """What the compiler is given for an instruction set."""
-    return (*FLAGS, *INSTRUCTION_SETS[instruction_set].compile_with)
+    return cache_folder() / f"native-{instruction_set}-{key}.so"
 
 
 def _key(instruction_set: str, more: str = "") -> str:
     """Changes with the source and with what it is compiled by."""
-    text = repr((flags(instruction_set), more)).encode()
+    text = repr((FLAGS, INSTRUCTION_SETS[instruction_set], more)).encode()
     return hashlib.sha256(text + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -27,7 +27,6 @@ PAGE_FILES = {
     "/page/index.js": ("index.js", "text/javascript"),
     "/page/docs.js": ("docs.js", "text/javascript"),
 }
-MAX_TOP_K = 1000
 ABOUT = """Labels images. Open to everybody: the page, this description, /health and /ready. The other routes need the
 key, as Authorization: Bearer KEY, where the server has one."""
 
@@ -58,24 +57,20 @@ def make_app(
     needs_key = [Depends(_key_check(api_key))]
 
     @app.post("/predict", dependencies=needs_key, openapi_extra=answers.REQUEST_BODY, responses=answers.RESPONSES)
-    async def predict(
-        request: Request,
-        model: Annotated[str, Query(description="name of the model; the first by default")] = "",
-        top_k: Annotated[int, Query(description="classes of each image", ge=1, le=MAX_TOP_K)] = 5,
-    ) -> Response:
-        """Labels the images of a request, in multipart/form-data or as base64 in JSON.
+    async def predict(request: Request) -> Response:
+        """Labels images: files of a form, or base64 in JSON.
 
         An image that cannot be read has an error instead of classes, and the others are labelled. Where none can be
         read, the answer is an error, of the first one's kind.
         """
         if request.headers.get("sec-fetch-site", "same-origin") in ("cross-site", "same-site"):
             raise RefusedError(403, "requests from pages of other sites are not answered")
-        return JSONResponse(await service.predict(request, model, top_k))
+        return JSONResponse(await service.predict(request))
 
-    @app.get("/models", dependencies=needs_key, response_model=answers.Models)
+    @app.get("/models", dependencies=needs_key, response_model=list[answers.ModelAnswer])
     async def models_() -> Any:
-        """What is served, the default first, and within which limits."""
-        return answers.models(service.models.values(), gate.limits, max_wait)
+        """What is served, the default first."""
+        return answers.models(service.models.values())
 
     @app.get("/samples/{model}/{number}.png", dependencies=needs_key, response_class=Response)
     async def sample(model: str, number: int) -> Response:
@@ -133,21 +128,21 @@ def _key_check(api_key: str) -> Any:
 
 
 def _answer_errors_plainly(app: FastAPI) -> None:
-    """Every error is one line, {"error": ...}."""
+    """Every error is one line, {"detail": ...}."""
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
-        return JSONResponse({"error": str(error)}, error.status, error.headers)
+        return JSONResponse({"detail": str(error)}, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": error.detail.lower()}, error.status_code, error.headers)
+        return JSONResponse({"detail": error.detail.lower()}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}"}, 422)
+        return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg']}"}, 422)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "the server failed; its log says why"}, 500)
+        return JSONResponse({"detail": "the server failed; its log says why"}, 500)

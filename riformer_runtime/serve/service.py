@@ -19,7 +19,7 @@ from riformer_runtime.serve import answers
 from riformer_runtime.serve.batching import Batcher, Labelled
 from riformer_runtime.serve.limits import Gate, RefusedError
 from riformer_runtime.serve.metrics import Metrics
-from riformer_runtime.serve.uploads import Upload, uploads
+from riformer_runtime.serve.uploads import Upload, read_request
 
 
 @dataclass(frozen=True)
@@ -88,26 +88,25 @@ class Service:
             raise RefusedError(404, f"no model {name[:80]!r}; there are {', '.join(self.models)}")
         return self.models[name] if name else next(iter(self.models.values()))
 
-    async def predict(self, request: Request, name: str, top_k: int) -> dict[str, Any]:
+    async def predict(self, request: Request) -> dict[str, Any]:
         """The answer to a request; see `answers.Answer`.
 
         Raises:
             RefusedError: the request is refused, or none of its images could be labelled.
         """
         started = time.perf_counter()
-        model = self.model(name)
         async with self.gate.body(request) as body:
-            parse = partial(uploads, body, request.headers.get("content-type", ""), self.gate.limits.max_files)
-            images = await asyncio.get_running_loop().run_in_executor(self._readers, parse)
-            found = await asyncio.gather(*(self._labelled(model, image, top_k) for image in images))
-        for one in found:
-            result = "labelled" if isinstance(one, Labelled) else "refused"
-            self.metrics.images.labels(model.name, result).inc()
-        if not any(isinstance(one, Labelled) for one in found):
-            errors = [one for one in found if isinstance(one, RefusedError)]
-            raise RefusedError(errors[0].status, "; ".join(map(str, errors)))
-        total_ms = 1e3 * (time.perf_counter() - started)
-        return answers.answer(model.name, model.runner, [image.name for image in images], found, total_ms)
+            read = partial(read_request, body, request.headers.get("content-type", ""), self.gate.limits.max_files)
+            asked = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+            model = self.model(asked.model)
+            found = await asyncio.gather(*(self._labelled(model, image, asked.top_k) for image in asked.images))
+        refused = [one for one in found if isinstance(one, RefusedError)]
+        self.metrics.images.labels(model.name, "refused").inc(len(refused))
+        self.metrics.images.labels(model.name, "labelled").inc(len(found) - len(refused))
+        if len(refused) == len(found):
+            raise RefusedError(refused[0].status, "; ".join(map(str, refused)))
+        latency_ms = 1e3 * (time.perf_counter() - started)
+        return answers.answer(model.name, model.runner, [image.name for image in asked.images], found, latency_ms)
 
     async def _labelled(self, model: Model, image: Upload, top_k: int) -> Labelled | RefusedError:
         read = partial(_read, image, model.runner, self.gate.limits.max_pixels)
@@ -120,7 +119,7 @@ class Service:
         except ValueError as error:
             return RefusedError(422, str(error))
         except Exception:  # of the engine; the batcher has logged it
-            return RefusedError(500, f"{image.name}: the model could not compute this image")
+            return RefusedError(500, f"{image.name or 'image'}: the model could not compute this image")
 
 
 class _NamedFile(io.BytesIO):
@@ -128,7 +127,7 @@ class _NamedFile(io.BytesIO):
 
     def __init__(self, upload: Upload):
         super().__init__(upload.content)
-        self.name = upload.name
+        self.name = upload.name or "image"
 
 
 def _read(upload: Upload, runner: Runner, max_pixels: int) -> np.ndarray:

@@ -5,7 +5,8 @@ An image is always the bytes that were sent. No field names a file or an address
 
 import base64
 import binascii
-from typing import Annotated, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import FormParserError
@@ -14,103 +15,120 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from riformer_runtime.serve.limits import RefusedError
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
-MAX_NAME = 255
+MAX_NAME = 255  # characters of a file's name that are sent back
+MAX_FIELD = 1000  # bytes
 
 
 class Upload(NamedTuple):
-    """An image as it was sent, and the name that it was sent under."""
+    """An image as it was sent: the name of its file, which is empty in JSON, and the file's content."""
 
     name: str
     content: bytes
 
 
-class JsonImage(BaseModel):
-    """An image in JSON."""
+class Options(BaseModel):
+    """What a request may say beside its images: fields of the form, or entries of the JSON object."""
 
     model_config = ConfigDict(extra="forbid")
-    data: Annotated[str, Field(description="the image file, in base64")]
-    name: Annotated[str, Field(max_length=MAX_NAME, description="repeated in the answer")] = ""
+    model: Annotated[str, Field(description="name of the model; the first by default")] = ""
+    top_k: Annotated[int, Field(ge=1, le=1000, description="classes of each image")] = 5
 
 
-class JsonBody(BaseModel):
+class JsonBody(Options):
     """A request in JSON."""
 
-    model_config = ConfigDict(extra="forbid")
-    images: Annotated[list[JsonImage], Field(min_length=1)]
+    images: Annotated[list[str], Field(description="image files, in base64")]
 
 
-def uploads(body: bytearray, content_type: str, max_files: int) -> list[Upload]:
-    """The images in a body, one at least.
+class Asked(NamedTuple):
+    """A request for predictions: one image or more, the model's name, which may be "", and the classes of each image."""
+
+    images: list[Upload]
+    model: str
+    top_k: int
+
+
+def read_request(body: bytearray, content_type: str, max_files: int) -> Asked:
+    """What a body asks for.
 
     Raises:
         RefusedError: the body is of another type (415), malformed (400), or has more than `max_files` images (413).
     """
-    kind, options = parse_options_header(content_type)
+    kind, parameters = parse_options_header(content_type)
     if kind == MULTIPART.encode():
-        found = _in_multipart(body, options.get(b"boundary", b""), max_files)
+        images, options = _from_multipart(body, parameters.get(b"boundary", b""), max_files)
     elif kind == JSON.encode():
-        found = _in_json(body, max_files)
+        images, options = _from_json(body, max_files)
     else:
-        raise RefusedError(415, f"send images as {MULTIPART}, or as {JSON} with base64")
-    if not found:
+        raise RefusedError(415, f"send {MULTIPART} with files, or {JSON} with base64")
+    if not images:
         raise RefusedError(400, "the request has no image")
-    return found
+    return Asked(images, options.model, options.top_k)
 
 
-def _in_json(body: bytearray, max_files: int) -> list[Upload]:
-    try:
-        images = JsonBody.model_validate_json(body).images
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RefusedError(400, f"{where or 'the request'}: {first['msg']}") from error
-    _check_number(len(images), max_files)
-    return [Upload(image.name or f"image {i + 1}", _from_base64(image.data, i)) for i, image in enumerate(images)]
+def _from_json(body: bytearray, max_files: int) -> tuple[list[Upload], Options]:
+    content = _valid(lambda: JsonBody.model_validate_json(body, strict=True))
+    _check_number(len(content.images), max_files)
+    images = []
+    for i, text in enumerate(content.images):
+        try:
+            images.append(Upload("", base64.b64decode(text, validate=True)))
+        except (binascii.Error, ValueError) as error:
+            message = f"images.{i} is not base64: send the content of the file, no name and no URL"
+            raise RefusedError(400, message) from error
+    return images, content
 
 
-def _from_base64(text: str, i: int) -> bytes:
-    if text[:5].lower() == "data:":
-        raise RefusedError(400, f"images.{i}.data is a data: URL; send the base64 after its comma")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RefusedError(400, f"images.{i}.data is no base64") from error
-
-
-def _in_multipart(body: bytearray, boundary: bytes, max_files: int) -> list[Upload]:
-    """The parts that are files.
-
-    Raises:
-        RefusedError: malformed, cut short, or with other fields or too many files.
-    """
+def _from_multipart(body: bytearray, boundary: bytes, max_files: int) -> tuple[list[Upload], Options]:
     form = _Form(max_files)
     try:
-        parser = MultipartParser(boundary, form.callbacks())
-        parser.write(body)
+        MultipartParser(boundary, form.callbacks()).write(body)
     except FormParserError as error:
-        raise RefusedError(400, "the multipart body is malformed") from error
+        raise RefusedError(400, "the form is malformed") from error
     if not form.ended:
-        raise RefusedError(400, "the multipart body has no end: it was cut short, or its boundary is another")
-    return [Upload(name, bytes(content)) for name, content in form.files]
+        raise RefusedError(400, "the form has no end: it was cut short, or its boundary is another")
+    fields = {name: content.decode("utf-8", "replace") for name, content in form.fields.items()}
+    return [Upload(name, bytes(content)) for name, content in form.files], _valid(
+        lambda: Options.model_validate(fields)
+    )
+
+
+def _valid(make: Callable[[], Any]) -> Any:
+    """What pydantic makes, or its first complaint."""
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))[:MAX_NAME]
+        raise RefusedError(400, f"{where or 'the request'}: {first['msg']}") from error
 
 
 class _Form:
-    """Collects the files of a multipart body."""
+    """Collects the parts of a multipart body.
+
+    Attributes:
+        files: names and contents of the parts that are files.
+        fields: contents of the others, by name.
+        ended: whether the closing boundary was there.
+    """
 
     def __init__(self, max_files: int):
         self.files: list[tuple[str, bytearray]] = []
+        self.fields: dict[str, bytearray] = {}
         self.ended = False
         self._max_files = max_files
-        self._field, self._value, self._disposition = bytearray(), bytearray(), b""
+        self._header, self._value, self._disposition = bytearray(), bytearray(), b""
+        self._content, self._max_content = bytearray(), 0
 
-    def callbacks(self) -> dict:
+    def callbacks(self) -> Any:
+        """What the parser calls."""
         return {
             "on_part_begin": self._begin_part,
-            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
+            "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._end_header,
             "on_headers_finished": self._begin_content,
-            "on_part_data": lambda data, start, end: self.files[-1][1].extend(data[start:end]),
+            "on_part_data": self._extend_content,
             "on_end": self._end,
         }
 
@@ -118,18 +136,30 @@ class _Form:
         self._disposition = b""
 
     def _end_header(self) -> None:
-        if self._field.lower() == b"content-disposition":
+        if self._header.lower() == b"content-disposition":
             self._disposition = bytes(self._value)
-        self._field.clear()
+        self._header.clear()
         self._value.clear()
 
     def _begin_content(self) -> None:
-        options = parse_options_header(self._disposition)[1]
-        if b"filename" not in options:
-            raise RefusedError(400, "a field of the form is no file; model and top_k are parameters of the address")
-        _check_number(len(self.files) + 1, self._max_files)
-        name = options[b"filename"].decode("utf-8", "replace")[:MAX_NAME]
-        self.files.append((name or f"image {len(self.files) + 1}", bytearray()))
+        parameters = parse_options_header(self._disposition)[1]
+        self._content = bytearray()
+        if b"filename" in parameters:
+            _check_number(len(self.files) + 1, self._max_files)
+            self.files.append((parameters[b"filename"].decode("utf-8", "replace")[:MAX_NAME], self._content))
+            self._max_content = 0
+            return
+        name = parameters.get(b"name", b"").decode("utf-8", "replace")
+        if name not in Options.model_fields or name in self.fields:
+            known = ", ".join(Options.model_fields)
+            raise RefusedError(400, f"no field {name[:MAX_NAME]!r}, or twice; a part is a file, or one of {known}")
+        self.fields[name] = self._content
+        self._max_content = MAX_FIELD
+
+    def _extend_content(self, data: bytes, start: int, end: int) -> None:
+        self._content += data[start:end]
+        if self._max_content and len(self._content) > self._max_content:
+            raise RefusedError(400, f"a field of the form has more than {self._max_content} bytes")
 
     def _end(self) -> None:
         self.ended = True

@@ -53,8 +53,8 @@ const schemas = description.components?.schemas || {};
 byId("about").textContent = description.info.description;
 byId("examples").textContent = [
   `curl -F files=@cat.jpg -F files=@dog.jpg ${location.origin}/predict`,
-  `echo '{"images": [{"data": "'$(base64 -w0 cat.jpg)'"}]}' |`,
-  `  curl --json @- ${location.origin}/predict?top_k=3`,
+  `curl -F files=@cat.jpg -F top_k=3 ${location.origin}/predict`,
+  `echo '{"images": ["'$(base64 -w0 cat.jpg)'"], "top_k": 3}' | curl --json @- ${location.origin}/predict`,
 ].join("\n");
 for (const [path, methods] of Object.entries(description.paths)) {
   for (const [method, operation] of Object.entries(methods)) byId("routes").append(route(path, method, operation, schemas));

@@ -3,7 +3,6 @@
 const TOP_K = 5;
 const byId = (id) => document.getElementById(id);
 const cards = new Map();
-let limits = null;
 let current = 0;
 
 const key = () => sessionStorage.getItem("key") || "";
@@ -19,7 +18,7 @@ async function request(path, options = {}) {
   if (response.ok) return response;
   if (response.status === 401) askForKey();
   const answer = await response.json().catch(() => ({}));
-  throw new Error(answer.error || `The server answered ${response.status}.`);
+  throw new Error(answer.detail || `The server answered ${response.status}.`);
 }
 
 function askForKey() {
@@ -36,12 +35,11 @@ async function start() {
   }
   byId("key").hidden = true;
   showError("");
-  limits = served.limits;
-  byId("models").textContent = served.models.length > 1 ? "Each model names" : "The model names";
-  byId("status").classList.toggle("unseen", served.models.length < 2);
+  byId("models").textContent = served.length > 1 ? "Each model names" : "The model names";
+  byId("status").classList.toggle("unseen", served.length < 2);
   cards.clear();
-  byId("cards").replaceChildren(...served.models.map(card));
-  const withSamples = served.models.find((model) => model.num_samples);
+  byId("cards").replaceChildren(...served.map(card));
+  const withSamples = served.find((model) => model.num_samples);
   if (withSamples) await showSamples(withSamples);
 }
 
@@ -117,9 +115,6 @@ async function label(file, button = null) {
   byId("status").textContent = "";
   for (const node of cards.values()) clear(node);
   showPreview(file);
-  if (limits && file.size > limits.max_bytes) {
-    return showError(`${file.name} has ${mib(file.size)}; the server takes ${mib(limits.max_bytes)}.`);
-  }
   const best = [];
   for (const [name, node] of cards) {
     node.setAttribute("aria-busy", "true");
@@ -127,7 +122,7 @@ async function label(file, button = null) {
       const answer = await ask(name, file);
       if (mine !== current) return;
       show(node, answer);
-      best.push(answer.image.classes[0].class);
+      best.push(answer.image.classes[0].name);
     } catch (error) {
       if (mine === current) showError(error.message);
       return;
@@ -141,14 +136,16 @@ async function label(file, button = null) {
 async function ask(model, file) {
   const form = new FormData();
   form.append("files", file, file.name);
+  form.append("model", model);
+  form.append("top_k", TOP_K);
   const started = performance.now();
-  const response = await request(`/predict?top_k=${TOP_K}&model=${encodeURIComponent(model)}`, { method: "POST", body: form });
-  const { images: [image] } = await response.json();
+  const response = await request("/predict", { method: "POST", body: form });
+  const { predictions: [image] } = await response.json();
   return { image, roundTrip: performance.now() - started };
 }
 
 function show(node, { image, roundTrip }) {
-  const rows = image.classes.map(({ class: name, probability }) => {
+  const rows = image.classes.map(({ name, probability }) => {
     const one = row();
     one.querySelector(".name").textContent = name;
     one.querySelector(".share").textContent = percent(probability);
@@ -172,7 +169,6 @@ function summary(best) {
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
-const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 
 byId("file").onchange = ({ target }) => {
