@@ -40,8 +40,8 @@ balancers."""
 def serve_verb(argv: list[str], open_model: OpenModel) -> int:
     """Answers HTTP requests with the classes of images, and has a page to try it.
 
-    POST /predict takes images as files of a form or as base64 in JSON. Several models are served at once, each under its
-    name: NAME=MODEL, or the name of its file or folder. Requests name one; the first is the default.
+    POST /predict takes images as files of a form or as base64 in JSON. Several models are served at once, each under
+    its name: NAME=MODEL, or the name of its file or folder. Requests name one; the first is the default.
     """
     parser = verb_parser("serve", serve_verb, EXAMPLES, ABOUT)
     model_help = "what riformer export wrote (a folder or an .onnx file); or a run folder, model folder or weights file"

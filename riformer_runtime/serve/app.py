@@ -5,6 +5,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -63,7 +64,7 @@ def make_app(
         An image that cannot be read has an error instead of classes, and the others are labelled. Where none can be
         read, the answer is an error, of the first one's kind.
         """
-        if request.headers.get("sec-fetch-site", "same-origin") in ("cross-site", "same-site"):
+        if _is_foreign(request):
             raise RefusedError(403, "requests from pages of other sites are not answered")
         return JSONResponse(await service.predict(request))
 
@@ -113,6 +114,14 @@ def _file(path: Path, media_type: str) -> Callable[[], Awaitable[Response]]:
         return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
 
     return answer
+
+
+def _is_foreign(request: Request) -> bool:
+    """Whether a page of another site sends the request, as far as the browser says. Other clients say nothing."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None:
+        return site in ("cross-site", "same-site")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
 
 
 def _key_check(api_key: str) -> Any:

@@ -17,6 +17,7 @@ from riformer_runtime.engines import Runner, input_of, num_processors
 from riformer_runtime.images import TooManyPixelsError, UnknownFormatError, read_image
 from riformer_runtime.serve import answers
 from riformer_runtime.serve.batching import Batcher, Labelled
+from riformer_runtime.serve.costs import CostlyImageError, check_cost
 from riformer_runtime.serve.limits import Gate, RefusedError
 from riformer_runtime.serve.metrics import Metrics
 from riformer_runtime.serve.uploads import Upload, read_request
@@ -112,7 +113,7 @@ class Service:
         read = partial(_read, image, model.runner, self.gate.limits.max_pixels)
         try:
             return await self._batchers[model.name](read, top_k, self._readers)
-        except TooManyPixelsError as error:
+        except (TooManyPixelsError, CostlyImageError) as error:
             return RefusedError(413, str(error))
         except UnknownFormatError as error:
             return RefusedError(415, str(error))
@@ -122,14 +123,19 @@ class Service:
             return RefusedError(500, f"{image.name or 'image'}: the model could not compute this image")
 
 
-class _NamedFile(io.BytesIO):
-    """Bytes that `read_image` calls by the name of the upload."""
-
-    def __init__(self, upload: Upload):
-        super().__init__(upload.content)
-        self.name = upload.name or "image"
-
-
 def _read(upload: Upload, runner: Runner, max_pixels: int) -> np.ndarray:
-    """What the runner takes for an image."""
-    return input_of(runner, read_image(_NamedFile(upload), max_pixels))
+    """What the runner takes for an image.
+
+    Raises:
+        ValueError: it cannot be read, or costs too much; the message names it.
+    """
+    file = _NamedFile(upload.content)
+    file.name = upload.name or "image"
+    check_cost(upload.content, file.name)
+    return input_of(runner, read_image(file, max_pixels))
+
+
+class _NamedFile(io.BytesIO):
+    """Bytes with a name, by which `read_image` calls them."""
+
+    name = ""

@@ -23,7 +23,7 @@ class Upload(NamedTuple):
     """An image as it was sent: the name of its file, which is empty in JSON, and the file's content."""
 
     name: str
-    content: bytes
+    content: bytes | bytearray
 
 
 class Options(BaseModel):
@@ -41,7 +41,7 @@ class JsonBody(Options):
 
 
 class Asked(NamedTuple):
-    """A request for predictions: one image or more, the model's name, which may be "", and the classes of each image."""
+    """A request for predictions: one image or more, the name of the model or "", and the number of classes."""
 
     images: list[Upload]
     model: str
@@ -88,9 +88,8 @@ def _from_multipart(body: bytearray, boundary: bytes, max_files: int) -> tuple[l
     if not form.ended:
         raise RefusedError(400, "the form has no end: it was cut short, or its boundary is another")
     fields = {name: content.decode("utf-8", "replace") for name, content in form.fields.items()}
-    return [Upload(name, bytes(content)) for name, content in form.files], _valid(
-        lambda: Options.model_validate(fields)
-    )
+    options = _valid(lambda: Options.model_validate(fields))
+    return [Upload(name, content) for name, content in form.files], options
 
 
 def _valid(make: Callable[[], Any]) -> Any:
