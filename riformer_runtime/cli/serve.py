@@ -61,10 +61,12 @@ def serve_verb(argv: list[str], open_model: OpenModel) -> int:
     parser.add_argument("--max-requests", type=int, default=256, help="requests in work at once; more are answered 503")
     options = parser.parse_args(argv)
     for name in ("batch_size", "max_mib", "max_pixels", "max_files", "max_requests"):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name):g}; it must be more than 0")
     if not 0 <= options.max_wait_ms <= 10_000:
         parser.error(f"--max-wait-ms is {options.max_wait_ms:g}; it must be between 0 and 10000")
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port is {options.port}; it must be between 0 and 65535")
     key = api_key(options.api_key_file)
     paths = named(options.models)
     try:

@@ -130,10 +130,10 @@ def test_a_sample_is_one_tap_or_key_away_also_on_a_phone_in_the_dark(browser, ur
     page.locator("#status:not(:empty)").wait_for()
     photograph(page, "phone-dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    page.get_by_role("button", name="sample 4").focus()
+    page.get_by_role("button", name="sample 4", exact=True).focus()
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#preview")).to_have_attribute("alt", "preview of sample 4")
-    assert page.get_by_role("button", name="sample 4").get_attribute("aria-pressed") == "true"
+    assert page.get_by_role("button", name="sample 4", exact=True).get_attribute("aria-pressed") == "true"
 
 
 def test_the_description_of_the_api_needs_no_other_server(browser, url):
@@ -142,7 +142,6 @@ def test_the_description_of_the_api_needs_no_other_server(browser, url):
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{url}/docs")
     page.get_by_role("heading", name="POST /predict").wait_for()
-    assert page.get_by_text("images[]").count() == 0
     assert "predictions[].classes[].probability" in page.locator("body").inner_text()
     assert all(one.startswith((url, "data:")) for one in asked)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375

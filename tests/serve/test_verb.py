@@ -51,7 +51,6 @@ def test_what_is_wrong_is_one_line(serve, artifacts, tmp_path, capsys):
     path = str(artifacts["student"])
     for arguments, message in (
         ([path, "--port", str(port)], f"cannot listen on 127.0.0.1, port {port}: Address already in use"),
-        ([path, "--port", "70000"], "cannot listen on 127.0.0.1, port 70000"),
         ([path, "--host", "192.0.2.1"], "cannot listen on 192.0.2.1, port 8000"),
         ([path, "--host", "no such host"], "cannot listen on no such host"),
         ([path, path], "two models have the name student"),
@@ -63,7 +62,15 @@ def test_what_is_wrong_is_one_line(serve, artifacts, tmp_path, capsys):
         said = capsys.readouterr().err
         assert message in " ".join(said.split())
         assert "Traceback" not in said
-    for option in ("--batch-size", "--max-mib", "--max-files", "--max-pixels", "--max-requests", "--max-wait-ms"):
+    for option in (
+        "--batch-size",
+        "--max-mib",
+        "--max-files",
+        "--max-pixels",
+        "--max-requests",
+        "--max-wait-ms",
+        "--port",
+    ):
         with pytest.raises(SystemExit):
             riformer_cli.run("serve", [path, option, "-1"])
         assert f"{option} is -1; it must be" in capsys.readouterr().err

@@ -32,7 +32,7 @@ function fields(schemas, schema, prefix = "") {
 }
 
 function route(path, method, operation, schemas) {
-  const node = element("section", "", element("h2", "", element("b", method.toUpperCase()), path));
+  const node = element("section", "", element("h2", "", element("b", method.toUpperCase()), " ", path));
   node.className = "route";
   if (operation.description) node.append(element("p", operation.description));
   const parameters = (operation.parameters || []).map((one) => [one.name, [typeOf(one.schema), one.description].filter(Boolean).join("; ")]);

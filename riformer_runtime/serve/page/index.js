@@ -115,6 +115,7 @@ async function label(file, button = null) {
   byId("status").textContent = "";
   for (const node of cards.values()) clear(node);
   showPreview(file);
+  await ready;
   const best = [];
   for (const [name, node] of cards) {
     node.setAttribute("aria-busy", "true");
@@ -178,7 +179,7 @@ byId("file").onchange = ({ target }) => {
 byId("key").onsubmit = (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", byId("key-text").value.trim());
-  start();
+  ready = start();
 };
 addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -195,4 +196,4 @@ addEventListener("drop", (event) => {
 addEventListener("paste", (event) => {
   if (event.clipboardData.files.length) label(event.clipboardData.files[0]);
 });
-start();
+let ready = start();
