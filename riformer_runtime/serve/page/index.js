@@ -16,14 +16,16 @@ async function request(path, options = {}) {
     throw new Error("The server does not answer. It may have stopped, or refused the file.");
   }
   if (response.ok) return response;
-  if (response.status === 401) askForKey();
+  if (response.status === 401) askForKey(true);
   const answer = await response.json().catch(() => ({}));
   throw new Error(answer.detail || `The server answered ${response.status}.`);
 }
 
-function askForKey() {
-  byId("key").hidden = false;
-  byId("key-text").focus();
+function askForKey(asked) {
+  byId("key").hidden = !asked;
+  byId("work").hidden = asked;
+  byId("key-error").hidden = !asked || !key();
+  if (asked) byId("key-text").focus();
 }
 
 async function start() {
@@ -31,9 +33,9 @@ async function start() {
   try {
     served = await (await request("/models")).json();
   } catch (error) {
-    return key() || byId("key").hidden ? showError(error.message) : null;
+    return showError(error.message);
   }
-  byId("key").hidden = true;
+  askForKey(false);
   showError("");
   byId("models").textContent = served.length > 1 ? "Each model names" : "The model names";
   byId("status").classList.toggle("unseen", served.length < 2);
@@ -163,10 +165,10 @@ function show(node, { image, roundTrip }) {
 }
 
 function summary(best) {
-  if (best.length < 2) return best.length ? `Most probable: ${best[0]}.` : "";
+  if (best.length < 2) return best.length ? `Most probable: “${best[0]}”.` : "";
   return new Set(best).size === 1
-    ? `${best.length === 2 ? "Both" : "All"} models say ${best[0]}.`
-    : `The models disagree: ${best.join(", ")}.`;
+    ? `${best.length === 2 ? "Both" : "All"} models say “${best[0]}”.`
+    : `The models disagree: ${best.map((name) => `“${name}”`).join(", ")}.`;
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
