@@ -1,6 +1,7 @@
 """The process that listens: a socket, uvicorn on it, and a stop that answers what was accepted."""
 
 import contextlib
+import os
 import socket
 import time
 from types import FrameType
@@ -13,6 +14,9 @@ from riformer_runtime.serve.limits import Gate
 
 HEADER_SECONDS = 10
 """Longest time that a connection may be open without a whole request header."""
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
 
 LAST_SECONDS = 10
 """Longest time that the last answers may take to be sent."""
@@ -30,9 +34,20 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}") from error
+        # The protocol is named so that asyncio sends small packets at once; else each answer may wait 40 ms for an
+        # acknowledgement of its header.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            if os.name == "posix":  # elsewhere it lets two servers listen on one port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
 
 
 def serve(app: FastAPI, gate: Gate, listener: socket.socket) -> None:
@@ -45,6 +60,7 @@ def serve(app: FastAPI, gate: Gate, listener: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
     Server(config, gate).run([listener])

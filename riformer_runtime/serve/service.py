@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from starlette.requests import Request
 
 from riformer_runtime.engines import Runner, input_of, num_processors
@@ -74,10 +75,17 @@ class Service:
         """The threads, and a task for each model."""
         num_readers = max(2, num_processors() // 2)
         with ThreadPoolExecutor(num_readers, "read") as self._readers, ThreadPoolExecutor(1, "compute") as computer:
+            await asyncio.get_running_loop().run_in_executor(computer, self._warm_up)
             tasks = [asyncio.create_task(batcher.run(computer)) for batcher in self._batchers.values()]
             yield
             for task in tasks:
                 task.cancel()
+
+    def _warm_up(self) -> None:
+        """What takes its time once: Pillow's formats, and the first images of some engines."""
+        Image.init()
+        for model in self.models.values():
+            model.runner(np.zeros((1, *model.runner.manifest.preprocessing.input_size), np.float32))
 
     def model(self, name: str) -> Model:
         """The model of that name; the first for "".

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from riformer_runtime.serve.server import listen
+
 NUM_CLIENTS = 8
 
 
@@ -108,6 +110,16 @@ def fetch(host: str, method: str, path: str, body: bytes | None = None, headers:
     connection.request(method, path, body, headers or {})
     response = connection.getresponse()
     return response.status, response.read().decode()
+
+
+def test_answers_are_sent_without_waiting_for_acknowledgements():
+    """Header and body of an answer are two packets. Accepted sockets must say their protocol, or asyncio lets the
+    second wait up to 40 ms.
+    """
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
 
 
 @pytest.mark.slow
