@@ -74,7 +74,7 @@ def serve_verb(argv: list[str], open_model: OpenModel) -> int:
         from riformer_runtime.serve.limits import Gate, Limits
         from riformer_runtime.serve.samples import samples
         from riformer_runtime.serve.server import listen, serve
-        from riformer_runtime.serve.service import Model
+        from riformer_runtime.serve.service import Model, warm_up
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("riformer"):
             raise
@@ -85,6 +85,7 @@ def serve_verb(argv: list[str], open_model: OpenModel) -> int:
         for name, path in paths.items():
             runner, _ = open_any(path, open_model, options.engine, options.precision)
             models.append(Model(name, runner, samples(path, MAX_SAMPLES) if is_artifact(path) else ()))
+        warm_up(models)
         gate = Gate(limits)
         app = make_app(models, gate, key, options.batch_size, options.max_wait_ms / 1e3)
         _say(models, listener, options, bool(key))

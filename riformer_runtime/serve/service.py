@@ -39,6 +39,17 @@ class Model:
     samples: tuple[bytes, ...] = ()
 
 
+def warm_up(models: Sequence[Model]) -> None:
+    """Does what takes its time once: Pillow's formats, and the first images of some engines.
+
+    Raises:
+        RuntimeError: an engine fails.
+    """
+    Image.init()
+    for model in models:
+        model.runner(np.zeros((1, *model.runner.manifest.preprocessing.input_size), np.float32))
+
+
 class Service:
     """What the routes share.
 
@@ -75,17 +86,10 @@ class Service:
         """The threads, and a task for each model."""
         num_readers = max(2, num_processors() // 2)
         with ThreadPoolExecutor(num_readers, "read") as self._readers, ThreadPoolExecutor(1, "compute") as computer:
-            await asyncio.get_running_loop().run_in_executor(computer, self._warm_up)
             tasks = [asyncio.create_task(batcher.run(computer)) for batcher in self._batchers.values()]
             yield
             for task in tasks:
                 task.cancel()
-
-    def _warm_up(self) -> None:
-        """What takes its time once: Pillow's formats, and the first images of some engines."""
-        Image.init()
-        for model in self.models.values():
-            model.runner(np.zeros((1, *model.runner.manifest.preprocessing.input_size), np.float32))
 
     def model(self, name: str) -> Model:
         """The model of that name; the first for "".
