@@ -209,11 +209,13 @@ class Engine(NamedTuple):
         open: (file, payload, threads) -> what computes, the precision that it computes in, and a detail.
         package: that it needs; "" where it needs none.
         extra: of the distribution riformer that brings the package.
+        runs_code: whether a payload can run any code when it is opened, so that it has to be trusted.
     """
 
     open: Callable[[Path, Payload, int], tuple[Compute, str, str]]
     package: str
     extra: str
+    runs_code: bool = False
 
 
 ENGINES: dict[str, Engine] = {
@@ -320,6 +322,9 @@ def open_runner(
             reasons.append("native: not compiled on this machine yet; --engine native does it")
             continue
         try:
+            if engine_name == "auto" and engine(payload.engine).runs_code:
+                reasons.append(f"{payload.engine}: its files can run code; --engine {payload.engine} trusts them")
+                continue
             return open_payload(artifact, payload, threads)
         except (UnavailableError, RuntimeError, ImportError) as error:
             reasons.append(f"{payload.engine}: {error}")
