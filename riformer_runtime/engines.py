@@ -115,7 +115,8 @@ def input_of(runner: Runner, image: Image.Image) -> np.ndarray:
         return preprocessing(image)
     if inside == "normalise":
         return preprocessing.pixels(image)
-    image = cut_long(image)
+    if preprocessing.crop_mode != "squash":
+        image = cut_long(image)
     values = np.asarray(image.convert("L" if preprocessing.input_size[0] == 1 else "RGB"), np.float32) / np.float32(255)
     return values[None] if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
 
