@@ -1,1 +1,1 @@
-"""Predictions over HTTP. FastAPI, uvicorn and the Prometheus client come with the extra "serve"."""
+"""Models over HTTP: requests of many clients computed in common batches, within stated limits; and one page."""

@@ -1,65 +1,88 @@
-"""Runs the application until it is told to stop, and then until everything accepted is answered."""
+"""The process that listens: a socket, uvicorn on it, and a stop that answers what was accepted."""
 
-import signal
+import contextlib
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-GRACE_SECONDS = 60  # for requests that were accepted before the stop
+from riformer_runtime.serve.limits import Gate
+
+HEADER_SECONDS = 10
+"""Longest time that a connection may be open without a whole request header."""
+
+LAST_SECONDS = 10
+"""Longest time that the last answers may take to be sent."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on which connections are queued from now on.
+
+    Args:
+        host: name or address.
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: nothing can listen there; the message says where, and why.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def serve(app: FastAPI, gate: Gate, listener: socket.socket) -> None:
+    """Answers requests until SIGTERM or Ctrl-C, and then those that were accepted. A second signal ends it at once."""
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=LAST_SECONDS,
+    )
+    Server(config, gate).run([listener])
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says that it is no longer ready as soon as it is told to stop."""
+    """uvicorn's server with a gate: on a signal the gate closes, and the server ends when no request is in work.
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handles both signals while it serves; uvicorn's own also ends the process by them afterwards."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_exit(self, number: int, frame: FrameType | None) -> None:
-        """Called for SIGTERM and Ctrl-C; a second Ctrl-C ends at once."""
-        self.config.app.state.stopping = True
-        super().handle_exit(number, frame)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on a port; port 0 is any that is free.
-
-    Raises:
-        OSError: the address is taken, or is not of this machine.
+    uvicorn itself closes a connection that is silent after an answer, and waits for ever for a first request, or for
+    the rest of a header. Here such a connection is closed too.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(1024)
-    except OSError as error:
-        bound.close()
-        raise OSError(error.errno, f"cannot listen on {host}, port {port}: {error.strerror}") from error
-    return bound
 
+    def __init__(self, config: uvicorn.Config, gate: Gate):
+        super().__init__(config)
+        self._gate = gate
+        self._silent: dict[Any, tuple[Any, float]] = {}
 
-def run(app: FastAPI, bound: socket.socket) -> int:
-    """Serves until SIGTERM or Ctrl-C; returns how many requests were accepted and not answered."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=1024,
-        timeout_keep_alive=10,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    server = Server(config)
-    server.run([bound])
-    return app.state.num_accepted - app.state.num_answered
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = self.force_exit = self._gate.stopping
+        self._gate.stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Is called ten times a second."""
+        if counter % 10 == 0:
+            self._close_silent_connections()
+        self.should_exit |= self._gate.stopping and not self._gate.in_work
+        return await super().on_tick(counter)
+
+    def _close_silent_connections(self) -> None:
+        """Closes connections that have had no request for too long. One that had another request since starts anew."""
+        now, silent = time.monotonic(), {}
+        for connection in self.server_state.connections:
+            request = connection.cycle
+            if request is None or request.response_complete:
+                last, since = self._silent.get(connection, (request, now))
+                silent[connection] = (request, since if last is request else now)
+        for connection, (_, since) in silent.items():
+            if now - since > HEADER_SECONDS:
+                with contextlib.suppress(RuntimeError):
+                    connection.transport.close()
+        self._silent = silent

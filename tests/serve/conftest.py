@@ -1,5 +1,6 @@
 """Two small artefacts, and a server of them in a process of its own."""
 
+import io
 import re
 import subprocess
 import sys
@@ -35,7 +36,21 @@ def artifacts(tmp_path_factory) -> dict[str, Path]:
     return paths
 
 
-class Served:
+def image_file(seed: int, kind: str = "PNG", size: tuple[int, int] = (90, 60), **settings) -> bytes:
+    """The content of an image file."""
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    pixels = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    pixels.convert("P" if kind == "GIF" else "RGB").save(file, kind, **settings)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def image() -> Callable[..., bytes]:
+    """`image_file`."""
+    return image_file
+
+
+class Process:
     """A server in a process of its own.
 
     Attributes:
@@ -46,24 +61,20 @@ class Served:
     def __init__(self, arguments: list[str]):
         command = [sys.executable, "-m", "riformer_cli", "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        text = ""
-        while not (address := re.search(r"http://\S+", text)):
-            line = self.process.stdout.readline()
-            assert line, text + self.process.stderr.read()
-            text += line
-        self.url = address[0]
+        self.url = self.process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", self.url), self.process.stderr.read()
 
 
 @pytest.fixture(scope="session")
-def serve() -> Iterator[Callable[..., Served]]:
+def serve() -> Iterator[Callable[..., Process]]:
     """Starts servers; ends those that still run."""
-    started: list[Served] = []
+    started: list[Process] = []
 
-    def start(*arguments: str) -> Served:
-        started.append(Served([str(argument) for argument in arguments]))
+    def start(*arguments: str | Path) -> Process:
+        started.append(Process([str(argument) for argument in arguments]))
         return started[-1]
 
     yield start
     for one in started:
         one.process.kill()
-        one.process.wait()
+        one.process.communicate()
