@@ -20,6 +20,7 @@ VERBS = {
     "eval": "accuracy before and after the fuse, of a run or of any saved model on any data",
     "fuse": "write the deploy form of a run or model, checked equal",
     "export": "write a run or model for other engines, each checked against the training form",
+    "layout": "put what was exported into a model repository of Triton or OpenVINO Model Server",
     "check": "verify what was exported: every file, and every payload on its engine",
     "predict": "label images with what was exported, or with a run or model",
     "serve": "predictions over HTTP, and a page to try them on",

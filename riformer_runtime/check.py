@@ -38,14 +38,21 @@ class Check:
     skipped: str = ""
 
 
-def check(artifact: Artifact) -> Iterator[Check]:
-    """Runs every payload on the probe images; payloads of engines that are not installed are skipped, and say so."""
+def check(artifact: Artifact, trusted: bool = False) -> Iterator[Check]:
+    """Runs every payload on the probe images.
+
+    Those of engines that are not installed are skipped, and so are, unless the artefact is trusted, those whose files
+    can run code.
+    """
     probe = artifact.probe()
     for payload in artifact.payloads:
         try:
-            engine(payload.engine)
+            runs_code = engine(payload.engine).runs_code
         except RuntimeError as error:
             yield Check(payload, skipped=str(error))
+            continue
+        if runs_code and not trusted:
+            yield Check(payload, skipped="its files can run code; --trusted runs it")
             continue
         try:
             yield check_runner(open_payload(artifact, payload), probe)

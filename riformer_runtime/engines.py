@@ -115,7 +115,8 @@ def input_of(runner: Runner, image: Image.Image) -> np.ndarray:
         return preprocessing(image)
     if inside == "normalise":
         return preprocessing.pixels(image)
-    image = cut_long(image)
+    if preprocessing.crop_mode != "squash":
+        image = cut_long(image)
     values = np.asarray(image.convert("L" if preprocessing.input_size[0] == 1 else "RGB"), np.float32) / np.float32(255)
     return values[None] if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
 
@@ -209,11 +210,13 @@ class Engine(NamedTuple):
         open: (file, payload, threads) -> what computes, the precision that it computes in, and a detail.
         package: that it needs; "" where it needs none.
         extra: of the distribution riformer that brings the package.
+        runs_code: whether a payload can run any code when it is opened, so that it has to be trusted.
     """
 
     open: Callable[[Path, Payload, int], tuple[Compute, str, str]]
     package: str
     extra: str
+    runs_code: bool = False
 
 
 ENGINES: dict[str, Engine] = {
@@ -320,6 +323,9 @@ def open_runner(
             reasons.append("native: not compiled on this machine yet; --engine native does it")
             continue
         try:
+            if engine_name == "auto" and engine(payload.engine).runs_code:
+                reasons.append(f"{payload.engine}: its files can run code; --engine {payload.engine} trusts them")
+                continue
             return open_payload(artifact, payload, threads)
         except (UnavailableError, RuntimeError, ImportError) as error:
             reasons.append(f"{payload.engine}: {error}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 
-from riformer.cli.export import export_verb
+from riformer.cli.export import export_verb, layout_verb
 from riformer.cli.models import convert_verb, fuse_verb, publish
 from riformer.cli.models import open_model as open_model
 from riformer.cli.overview import list_verb, report
@@ -19,6 +19,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "fuse": fuse_verb,
     "export": export_verb,
+    "layout": layout_verb,
     "profile": profile_verb,
     "bench": bench_verb,
     "publish": publish,

@@ -1,4 +1,4 @@
-"""The verb export."""
+"""The verbs export and layout."""
 
 import re
 from dataclasses import replace
@@ -14,12 +14,14 @@ from riformer.data.splits import hash_ranks
 from riformer.export.artifact import Samples, combinations, export
 from riformer.export.graph import can_collapse
 from riformer.export.int8 import Limits
+from riformer.export.repository import write_repository
 from riformer.export.targets import EXPORTERS
 from riformer.model.preprocessing import preprocessing_of
 from riformer.model.weights import load
 from riformer.runtime.runner import AsModule
 from riformer.study.evaluation import open_split
 from riformer.train.run import Run
+from riformer_runtime.artifact import Artifact
 from riformer_runtime.cli.check import table_of_payloads
 from riformer_runtime.engines import PayloadRunner
 
@@ -70,6 +72,25 @@ def export_verb(argv: list[str]) -> int:
     console.print(f"compared on {samples.name}; it runs without PyTorch: riformer predict {options.destination} IMAGES")
     for target, reason in exported.refused.items():
         errors.print(f"{target} int8 was not written: {reason}", soft_wrap=True)
+    return 0
+
+
+def layout_verb(argv: list[str]) -> int:
+    """Writes what was exported into a model repository of Triton Inference Server or OpenVINO Model Server.
+
+    The model becomes the next version in NAME/1, NAME/2 and so on, with the server's configuration, the class names and
+    the manifest. Of several payloads that the server runs, the fastest is taken.
+    """
+    parser = verb_parser("layout", layout_verb)
+    parser.add_argument("artifact", type=str, help="what riformer export wrote: a folder or an .onnx file")
+    parser.add_argument("repository", type=str, help="folder of the repository; other models in it stay")
+    parser.add_argument("--server", type=Literal["triton", "openvino"], default="triton", help="whose layout")
+    parser.add_argument("--name", type=str, default="", help="of the model (default: the artefact's name)")
+    options = parser.parse_args(argv)
+    artifact = Artifact(options.artifact)
+    name = options.name or Path(options.artifact).resolve().stem
+    version = write_repository(artifact, options.repository, options.server, name)
+    console.print(f"{version}: {' '.join(sorted(file.name for file in version.iterdir()))}")
     return 0
 
 

@@ -40,7 +40,12 @@ def float_onnx(model: nn.Module, example: Tensor, options: Options) -> Iterator[
         yield options.source
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield write_onnx(model, example[:2], Path(folder) / "graph.onnx", replace(options, precision="fp32"))
+        yield write_onnx(
+            model,
+            example[:2] if options.dynamic else example,
+            Path(folder) / "graph.onnx",
+            replace(options, precision="fp32"),
+        )
 
 
 def write_onnx(model: nn.Module, example: Tensor, file: Path, options: Options) -> OnnxFile:

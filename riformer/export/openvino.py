@@ -49,5 +49,7 @@ def _write(ov: Any, model: nn.Module, example: Tensor, file: Path, options: Opti
     any_size = options.any_size or options.inside == "resize"
     sizes = [-1, -1] if any_size else [height, width]
     converted.reshape({0: ov.PartialShape([-1 if options.dynamic else num, channels, *sizes])})
+    converted.inputs[0].get_tensor().set_names({"images"})
+    converted.outputs[0].get_tensor().set_names({"logits"})
     ov.save_model(converted, file, compress_to_fp16=False)
     return graph.form, any_size

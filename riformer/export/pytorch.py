@@ -92,5 +92,5 @@ def _on_arrays(module: Any, threads: int) -> Compute:
     return compute
 
 
-PT2 = Engine(_open_pt2, "", "train")
-AOTI = Engine(_open_aoti, "", "train")
+PT2 = Engine(_open_pt2, "", "train", runs_code=True)  # torch.export.load unpickles
+AOTI = Engine(_open_aoti, "", "train", runs_code=True)  # a library of machine code

@@ -23,12 +23,14 @@ def check_verb(argv: list[str]) -> int:
     """
     parser = verb_parser("check", check_verb, EXAMPLES)
     parser.add_argument("artifact", type=str, help="what riformer export wrote: a folder or an .onnx file")
+    trusted_help = "also run payloads whose files can run code of their own (pt2, aoti)"
+    parser.add_argument("--trusted", action="store_true", help=trusted_help)
     parser.add_argument("--json", action="store_true", help="a JSON line for each payload instead of a table")
     options = parser.parse_args(argv)
     artifact = Artifact(options.artifact)
     found: list[Check] = []
     with errors.activity("checking") as show:
-        for one in check(artifact):
+        for one in check(artifact, options.trusted):
             found.append(one)
             show(f"checked {one.payload}")
     if options.json:

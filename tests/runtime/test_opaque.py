@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 
 import riformer
-from riformer.export.engines import same_signal_stack
+from riformer_runtime.engines import same_signal_stack
 from riformer_runtime.native.library import supported
 
 needs_native = pytest.mark.skipif(not supported(), reason="the native network is for x86-64 with AVX2, on Linux")
