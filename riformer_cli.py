@@ -19,8 +19,10 @@ VERBS = {
     "eval": "accuracy before and after the fuse, of a run or of any saved model on any data",
     "fuse": "write the deploy form of a run or model, checked equal",
     "export": "write a run or model for other engines, each checked against the training form",
+    "layout": "put what was exported into a model repository of Triton or OpenVINO Model Server",
     "check": "verify what was exported: every file, and every payload on its engine",
     "predict": "label images with what was exported, or with a run or model",
+    "serve": "predictions over HTTP, and a page to try them on",
     "profile": "where a network's time goes, and the share of its token mixers",
     "bench": "images per second of networks on engines, side by side",
     "publish": "write a run's model with a card, for timm and the Hugging Face Hub",
@@ -29,10 +31,10 @@ VERBS = {
     "list": "models, mixers, recipes, rungs and data sets",
 }
 
-WITHOUT_TORCH = ("predict", "check")
+WITHOUT_TORCH = ("predict", "check", "serve")
 """Verbs of `riformer_runtime`, which imports no PyTorch."""
 
-OPEN_MODELS = ("predict",)
+OPEN_MODELS = ("predict", "serve")
 """Those among them that take a run or model as well, for which the full installation is imported."""
 
 HELP = """usage: riformer VERB [options]

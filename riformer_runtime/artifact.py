@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from riformer_runtime.preprocess import Preprocessing
-from riformer_runtime.validate import build, refusals
+from riformer_runtime.validate import CountOrZero, build, refusals
 
 FORMAT = 1
 MANIFEST, PROBE = "manifest.json", "probe.npz"
@@ -51,7 +51,7 @@ class Payload:
     files: dict[str, str]
     graph: str = "deploy"
     inside: Literal["", "normalise", "resize"] = ""
-    batch: int = 0
+    batch: CountOrZero = 0
     any_size: bool = True
     parity: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +128,9 @@ class Manifest:
             payloads = [build(payload, Payload, "payload") for payload in content.pop("payloads")]
             manifest = replace(build(content, cls, "manifest"), payloads=tuple(payloads))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{name} lacks what a manifest has: {error}") from error
+            raise ValueError(f"{name} lacks what a manifest has, or has it in another form: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         wrong = [*refusals(replace(manifest, payloads=()), ""), *(r for p in payloads for r in refusals(p, "payload."))]
         names = [file for payload in payloads for file in payload.files]
         wrong += [f"payload file {file!r} is no plain name" for file in names if Path(file).name != file or not file]

@@ -14,7 +14,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16x3": 5e-4, "bf16": 0.1, "fp16": 0.1, "int8": 0.5
 """Largest difference from the training form that is accepted, relative to the largest logit, by what is computed in.
 An int8 payload is judged by its accuracy when it is exported; what stands here only catches a broken one."""
 
-BATCHES = (1, 2, 7)
+BATCHES = (1, 2, 7, 64)
 """Numbers of images at once that are compared."""
 
 
@@ -38,14 +38,21 @@ class Check:
     skipped: str = ""
 
 
-def check(artifact: Artifact) -> Iterator[Check]:
-    """Runs every payload on the probe images; payloads of engines that are not installed are skipped, and say so."""
+def check(artifact: Artifact, trusted: bool = False) -> Iterator[Check]:
+    """Runs every payload on the probe images.
+
+    Those of engines that are not installed are skipped, and so are, unless the artefact is trusted, those whose files
+    can run code.
+    """
     probe = artifact.probe()
     for payload in artifact.payloads:
         try:
-            engine(payload.engine)
+            runs_code = engine(payload.engine).runs_code
         except RuntimeError as error:
             yield Check(payload, skipped=str(error))
+            continue
+        if runs_code and not trusted:
+            yield Check(payload, skipped="its files can run code; --trusted runs it")
             continue
         try:
             yield check_runner(open_payload(artifact, payload), probe)
@@ -54,7 +61,7 @@ def check(artifact: Artifact) -> Iterator[Check]:
 
 
 def check_runner(runner: PayloadRunner, probe: dict[str, np.ndarray]) -> Check:
-    """Compares a payload with the probe: in batches of 1, 2, 7 and all images, and at another size where it may vary.
+    """Compares a payload with the probe: in batches of 1, 2, 7 and 64, and at another image size where it may vary.
 
     Raises:
         ValueError: the probe is not of this network, or has no images.
@@ -66,7 +73,7 @@ def check_runner(runner: PayloadRunner, probe: dict[str, np.ndarray]) -> Check:
         originals = [probe[name][None] for name in sorted(probe) if name.startswith("original_")]
         found = [_compare(runner, image, probe["logits"][i : i + 1], 1) for i, image in enumerate(originals)]
     else:
-        found = [_compare(runner, probe["pixels"], probe["logits"], size) for size in (*BATCHES, len(probe["pixels"]))]
+        found = [_compare(runner, probe["pixels"], probe["logits"], size) for size in BATCHES]
         if payload.any_size and "odd_pixels" in probe:
             found += [_compare(runner, probe["odd_pixels"], probe["odd_logits"], size) for size in (1, 7)]
     parity = {
@@ -89,6 +96,8 @@ def inputs_of(pixels: np.ndarray, preprocessing: Preprocessing, inside: str) -> 
 
 def _compare(runner: PayloadRunner, pixels: np.ndarray, expected: np.ndarray, batch_size: int) -> dict[str, float]:
     """Differences of the logits of images in 8 bits, computed `batch_size` at once. Shape: pixels [N, H, W, C]."""
+    repeats = -(-batch_size // len(pixels)) if batch_size > len(pixels) else 1
+    pixels, expected = np.tile(pixels, (repeats, 1, 1, 1)), np.tile(expected, (repeats, 1))
     images = inputs_of(pixels, runner.manifest.preprocessing, runner.payload.inside)
     actual = np.concatenate([runner(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
     if actual.shape != expected.shape:

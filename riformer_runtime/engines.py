@@ -65,6 +65,7 @@ class PayloadRunner:
 
         Raises:
             ValueError: the images are no float32 array of the network's shape.
+            RuntimeError: the engine fails.
         """
         channels, height, width = self.manifest.preprocessing.input_size
         expected = f"[N, {channels}, {'H, W' if self.payload.any_size else f'{height}, {width}'}]"
@@ -76,7 +77,8 @@ class PayloadRunner:
             raise ValueError(f"images are {list(images.shape)}; this payload takes {expected} alone")
         if not len(images):
             return np.empty((0, self.manifest.num_classes), np.float32)
-        return self._in_batches(images) if self.payload.batch else self._compute(images)
+        with _errors_of(describe(self)):
+            return self._in_batches(images) if self.payload.batch else self._compute(images)
 
     def _in_batches(self, images: np.ndarray) -> np.ndarray:
         """In batches of the one size that the payload takes, the last filled up."""
@@ -84,6 +86,17 @@ class PayloadRunner:
         filled = np.concatenate([images, np.repeat(images[-1:], -len(images) % size, axis=0)])
         logits = [self._compute(filled[i : i + size]) for i in range(0, len(filled), size)]
         return np.concatenate(logits)[: len(images)]
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Whatever an engine raises, as one kind of error; many of them have their own."""
+    try:
+        yield
+    except (ValueError, MemoryError, UnavailableError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{name} fails: {' '.join(str(error).split())}") from error
 
 
 def describe(runner: Runner) -> str:
@@ -101,7 +114,8 @@ def input_of(runner: Runner, image: Image.Image) -> np.ndarray:
         return preprocessing(image)
     if inside == "normalise":
         return preprocessing.pixels(image)
-    image = cut_long(image)
+    if preprocessing.crop_mode != "squash":
+        image = cut_long(image)
     values = np.asarray(image.convert("L" if preprocessing.input_size[0] == 1 else "RGB"), np.float32) / np.float32(255)
     return values[None] if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
 
@@ -128,7 +142,7 @@ def _onnxruntime(file: Path, payload: Payload, threads: int) -> tuple[Compute, s
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 4  # its errors are raised as well
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     precision = "fp32" if payload.precision == "fp16" else payload.precision  # this provider widens float16
@@ -195,11 +209,13 @@ class Engine(NamedTuple):
         open: (file, payload, threads) -> what computes, the precision that it computes in, and a detail.
         package: that it needs; "" where it needs none.
         extra: of the distribution riformer that brings the package.
+        runs_code: whether a payload can run any code when it is opened, so that it has to be trusted.
     """
 
     open: Callable[[Path, Payload, int], tuple[Compute, str, str]]
     package: str
     extra: str
+    runs_code: bool = False
 
 
 ENGINES: dict[str, Engine] = {
@@ -252,7 +268,9 @@ def open_file(file: Path, payload: Payload, manifest: Manifest, threads: int = 0
         RuntimeError: the engine is not installed, or cannot run here.
         ValueError: no such engine; or the file is not what the payload says.
     """
-    compute, precision, detail = engine(payload.engine).open(file, payload, threads or num_processors())
+    found = engine(payload.engine)
+    with _errors_of(str(payload)):
+        compute, precision, detail = found.open(file, payload, threads or num_processors())
     return PayloadRunner(compute, manifest, payload, precision, detail)
 
 
@@ -306,6 +324,9 @@ def open_runner(
             reasons.append("native: not compiled on this machine yet; --engine native does it")
             continue
         try:
+            if engine_name == "auto" and engine(payload.engine).runs_code:
+                reasons.append(f"{payload.engine}: its files can run code; --engine {payload.engine} trusts them")
+                continue
             return open_payload(artifact, payload, threads)
         except (UnavailableError, RuntimeError, ImportError) as error:
             reasons.append(f"{payload.engine}: {error}")

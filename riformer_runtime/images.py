@@ -55,13 +55,23 @@ _TURNS = {
 }
 
 
+class UnknownFormatError(ValueError):
+    """A file that is no image in one of `FORMATS`."""
+
+
+class TooManyPixelsError(ValueError):
+    """An image that is larger than allowed."""
+
+
 def read_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file or an open, seekable binary file, as 8-bit RGB under the policy of this module.
 
     The size is read from the header and checked before anything is decoded.
 
     Raises:
-        ValueError: the file is missing, empty, no image, damaged, cut short or too large; names it and says which.
+        UnknownFormatError: it is no image in a format that is read.
+        TooManyPixelsError: it is too large.
+        ValueError: the file is missing, empty, damaged or cut short; like the others, it names it and says which.
     """
     is_path = isinstance(source, str | Path)
     name = source if is_path else getattr(source, "name", None) or "image"
@@ -73,7 +83,10 @@ def read_image(source: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> 
         with open(source, "rb") as file:
             return _decode(file, max_pixels)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image in a format that is read ({', '.join(FORMATS)})") from error
+        formats = ", ".join(FORMATS)
+        raise UnknownFormatError(f"{name}: not an image in a format that is read ({formats})") from error
+    except (TooManyPixelsError, Image.DecompressionBombError) as error:
+        raise TooManyPixelsError(f"{name}: {error}") from error
     except Exception as error:  # on damaged files PIL's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"{name}: {reason}") from error
@@ -86,7 +99,7 @@ def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
     image: Image.Image = Image.open(file, formats=_formats())
     width, height = image.size
     if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than the {max_pixels} allowed")
+        raise TooManyPixelsError(f"{width} x {height} pixels are more than the {max_pixels} allowed")
     image.load()
     turn = _TURNS.get(_orientation(image))
     image = _to_rgb(image)

@@ -23,13 +23,24 @@ def drawn_files() -> set[str]:
     return paths
 
 
+def source_files(*suffixes: str) -> list[Path]:
+    """Files of both packages."""
+    return [
+        path
+        for package in ("riformer", "riformer_runtime")
+        for path in (ROOT / package).rglob("*.*")
+        if path.suffix in suffixes and "compiled" not in path.parts
+    ]
+
+
 def test_the_tree_in_architecture_md_equals_the_files():
-    sources = [path for path in (ROOT / "riformer").rglob("*.*") if path.suffix in (".py", ".cpp", ".h")]
-    files = {str(path.relative_to(ROOT)) for path in sources}
+    files = {str(path.relative_to(ROOT)) for path in source_files(".py", ".cpp", ".h")}
     packages = {path for path in files if path.count("/") == 2 and path.endswith("__init__.py")}
-    assert len(packages) == 11
+    assert len(packages) > 12
     assert drawn_files() == (files - packages) | {"riformer_cli.py"}
 
+
+PACKAGES = ("riformer", "riformer_runtime")
 
 # Imports of the package inside a function, each with its reason; avoiding an import circle is not one.
 LATE_IMPORTS = {
@@ -39,12 +50,12 @@ LATE_IMPORTS = {
 
 def test_no_import_of_the_package_hides_in_a_function():
     late = set()
-    for path in (ROOT / "riformer").rglob("*.py"):
+    for path in source_files(".py"):
         functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, FUNCTIONS)]
         for node in (inner for function in functions for inner in ast.walk(function)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            late |= {(str(path.relative_to(ROOT)), name) for name in names if name.split(".")[0] == "riformer"}
+            late |= {(str(path.relative_to(ROOT)), name) for name in names if name.split(".")[0] in PACKAGES}
     assert late == LATE_IMPORTS
 
 
@@ -56,9 +67,8 @@ def test_a_file_has_350_lines_or_a_reason_in_architecture_md():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     reasons = re.search(r"^Longer than 350 lines: (.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     excused = set(re.findall(r"`([\w/]+\.\w+)`", reasons[1] if reasons else ""))
-    suffixes = (".py", ".cpp", ".h", ".html", ".css")
-    sources = [path for path in (ROOT / "riformer").rglob("*.*") if path.suffix in suffixes]
-    long = {str(path.relative_to(ROOT / "riformer")) for path in sources if len(path.read_text().splitlines()) > 350}
+    suffixes = (".py", ".cpp", ".h", ".html", ".css", ".js")
+    long = {str(path.relative_to(ROOT)) for path in source_files(*suffixes) if len(path.read_text().splitlines()) > 350}
     assert long == excused
 
 
@@ -80,7 +90,7 @@ ALLOWED = {"difflib", "_pickle", "pickle", "tempfile", "shutil", "json", "bz2", 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
 def test_the_console_script_answers_without_importing_the_package(arguments):
     call = f"import sys, riformer_cli\nsys.argv[1:] = {arguments}\ntry: riformer_cli.main()\nexcept SystemExit: pass\n"
-    code = call + "print({*sys.modules} & {'torch', 'timm', 'riformer'})"
+    code = call + "print({*sys.modules} & {'torch', 'timm', 'numpy', 'rich', 'riformer', 'riformer_runtime'})"
     output = python(code).stdout
     assert output.strip().endswith("set()")
     assert "riformer" in output
@@ -89,5 +99,8 @@ def test_the_console_script_answers_without_importing_the_package(arguments):
 def test_both_tables_of_verbs_are_one():
     import riformer_cli
     from riformer import cli
+    from riformer_runtime import cli as runtime
 
-    assert list(cli.VERBS) == list(riformer_cli.VERBS)
+    assert set(riformer_cli.WITHOUT_TORCH) == set(runtime.VERBS)
+    assert set(riformer_cli.VERBS) == {*cli.VERBS, *runtime.VERBS}
+    assert not set(cli.VERBS) & set(runtime.VERBS)

@@ -19,6 +19,7 @@ SCRIPTS = {
     "gpu.py": ["s12.json", "resolution.json"],
     "throughput.py": ["throughput.json"],
     "resolution.py": ["resolution.json"],
+    "serve.py": ["serve.json"],
     "latency.py": ["riformer_micro_mixer-pooling.json", "riformer_micro_mixer-pooling.svg"],
 }
 
@@ -39,7 +40,7 @@ def run_script(capsys, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_measures_prints_and_keeps(tmp_path, script, run_script):
     files = [tmp_path / name for name in SCRIPTS[script]]
-    out = files[0] if script in ("throughput.py", "resolution.py") else tmp_path
+    out = files[0] if script in ("throughput.py", "resolution.py", "serve.py") else tmp_path
     output = run_script(script, "--smoke", "--rounds", "3", "--out", str(out))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files)
     measured = json.loads(files[0].read_text())
@@ -48,6 +49,9 @@ def test_a_script_measures_prints_and_keeps(tmp_path, script, run_script):
             assert f"{row['backend']} {row['precision']}" in output
             assert row["max_rel"] < 3e-2
             assert len(row["rates"]) == 3
+    if measured.get("kind") == "serve":
+        assert (measured["num_wrong"], measured["num_lost"]) == (0, 0)
+        assert [len(rates) for rates in measured["images_per_s"].values()] == [3, 3, 3]
     assert "riformer_micro" in output
 
 

@@ -14,12 +14,11 @@ import timm
 import torch
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
-from riformer.runtime.predict import Prediction
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import riformer
-from riformer import cli
+import riformer_cli
 from riformer.cli.tables import print_runs
 from riformer.config import DataConfig
 from riformer.data.dataset import DATASETS
@@ -30,6 +29,7 @@ from riformer.study.evaluation import evaluate_model
 from riformer.train.loop import train
 from riformer.train.run import Run
 from riformer_runtime.cli.console import Console
+from riformer_runtime.predict import Prediction
 
 STUDENT = ["--optim.epochs=1", "--optim.warmup-epochs=0"]
 SMALL = [*STUDENT, "--optim.batch-size=500", "--teacher.epochs=1"]
@@ -38,13 +38,13 @@ SMALL = [*STUDENT, "--optim.batch-size=500", "--teacher.epochs=1"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "run"
-    assert cli.run("train", ["--recipe", "quickstart", "--out", str(path), *SMALL]) == 0
+    assert riformer_cli.run("train", ["--recipe", "quickstart", "--out", str(path), *SMALL]) == 0
     return path
 
 
 def fails(capsys, verb: str, *arguments: str) -> str:
     """The message with which a command refuses its input."""
-    assert cli.run(verb, list(arguments)) == 1
+    assert riformer_cli.run(verb, list(arguments)) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Traceback" not in captured.err
@@ -67,7 +67,7 @@ def test_train_leaves_a_whole_run_folder(run):
 
 
 def test_the_recorded_recipe_can_be_run_again(run, tmp_path):
-    assert cli.run("train", ["--config", str(run / "recipe.json"), "--out", str(tmp_path / "again")]) == 0
+    assert riformer_cli.run("train", ["--config", str(run / "recipe.json"), "--out", str(tmp_path / "again")]) == 0
     assert Run(tmp_path / "again").recipe() == Run(run).recipe()
     first, second = (
         [line["loss"] for line in Run(path).metrics() if line["kind"] == "step"] for path in (run, tmp_path / "again")
@@ -77,7 +77,7 @@ def test_the_recorded_recipe_can_be_run_again(run, tmp_path):
 
 
 def test_resume_takes_all_settings_from_the_run(run, capsys):
-    assert cli.run("train", ["--resume", str(run)]) == 0
+    assert riformer_cli.run("train", ["--resume", str(run)]) == 0
     capsys.readouterr()
     assert "cannot be given with it" in fails(capsys, "train", "--resume", str(run), "--optim.lr", "1")
     assert "is not a run folder" in fails(capsys, "train", "--resume", str(run / "best"))
@@ -92,7 +92,7 @@ def test_a_recipe_that_contradicts_itself_is_refused_before_anything_is_written(
 
 def test_ladder_trains_each_rung_with_each_seed(tmp_path, capsys):
     arguments = ["--rungs", "labels", "full", "--seeds", "3", "4", "--out", str(tmp_path), *SMALL]
-    assert cli.run("ladder", arguments) == 0
+    assert riformer_cli.run("ladder", arguments) == 0
     runs = sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith("quickstart"))
     assert runs == [f"quickstart{rung}-seed{seed}" for rung in ("-labels", "") for seed in (3, 4)]
     assert all((tmp_path / name / "evaluation.json").is_file() for name in runs)
@@ -103,37 +103,40 @@ def test_ladder_trains_each_rung_with_each_seed(tmp_path, capsys):
 def test_eval_of_a_run_agrees_with_eval_of_its_model_on_the_same_data(run, capsys):
     before = Run(run).read("evaluation.json")["models"]["student"]["top1"]
     (run / "evaluation.json").unlink()
-    assert cli.run("eval", [str(run)]) == 0
+    assert riformer_cli.run("eval", [str(run)]) == 0
     assert Run(run).read("evaluation.json")["models"]["student"]["top1"] == before
     capsys.readouterr()
-    assert cli.run("eval", [str(run / "best"), "--data.name", "digits"]) == 0
+    assert riformer_cli.run("eval", [str(run / "best"), "--data.name", "digits"]) == 0
     assert capsys.readouterr().out.count(f"{before:.2f}") == 2  # as saved, and fused
 
 
 def test_eval_on_a_folder_without_splits_takes_all_its_images_but_those_of_the_training(image_folder, tmp_path, capsys):
     data = [f"--data.name=folder:{image_folder}", "--optim.batch-size=10"]
-    assert cli.run("train", ["--out", str(tmp_path / "run"), *STUDENT, "--teacher.epochs=1", *data]) == 0
+    assert riformer_cli.run("train", ["--out", str(tmp_path / "run"), *STUDENT, "--teacher.epochs=1", *data]) == 0
     for arguments in (["--data", f"folder:{image_folder}"], [f"--data=folder:{image_folder}"]):
         capsys.readouterr()
-        assert cli.run("eval", [str(tmp_path / "run" / "best"), *arguments]) == 0
+        assert riformer_cli.run("eval", [str(tmp_path / "run" / "best"), *arguments]) == 0
         assert capsys.readouterr().out.count(" 12 ") == 2
-    assert cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}", "--split", "val"]) == 0
+    assert (
+        riformer_cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}", "--split", "val"])
+        == 0
+    )
     assert capsys.readouterr().out.count(" 12 ") == 2
-    assert cli.run("eval", [str(tmp_path / "run"), "--data", f"folder:{image_folder}"]) == 0
+    assert riformer_cli.run("eval", [str(tmp_path / "run"), "--data", f"folder:{image_folder}"]) == 0
     assert capsys.readouterr().out.count(" 12 ") == 2  # of its own images, those that it did not train on
     for path in sorted((image_folder / "one").iterdir())[1:]:
         path.unlink()
-    assert cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}"]) == 0
+    assert riformer_cli.run("eval", [str(tmp_path / "run" / "best"), "--data", f"folder:{image_folder}"]) == 0
     assert capsys.readouterr().out.count(" 41 ") == 2
 
 
 def test_eval_of_a_split_is_that_of_the_run(image_folder, tmp_path, capsys):
     """Evaluated on its val, a run of another seed than 0 sees the images that it held out."""
     data = ["--data.name", f"folder:{image_folder}", "--seed", "1", "--optim.batch-size=10"]
-    assert cli.run("train", ["--out", str(tmp_path / "run"), *STUDENT, "--teacher.epochs=1", *data]) == 0
+    assert riformer_cli.run("train", ["--out", str(tmp_path / "run"), *STUDENT, "--teacher.epochs=1", *data]) == 0
     epoch = [line for line in Run(tmp_path / "run").metrics() if line["kind"] == "epoch"][-1]
     capsys.readouterr()
-    assert cli.run("eval", [str(tmp_path / "run"), "--split", "val"]) == 0
+    assert riformer_cli.run("eval", [str(tmp_path / "run"), "--split", "val"]) == 0
     out = capsys.readouterr().out
     assert out.count(f"{epoch['val_loss']:.4f}") == 2
     assert out.count(f" {epoch['val_images']} ") == 2
@@ -149,10 +152,10 @@ def test_an_evaluation_made_halfway_does_not_outlive_the_rest_of_the_training(tm
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "run", interrupt)
     train_more = ["--resume", str(tmp_path / "run")]
-    assert cli.run("eval", [str(tmp_path / "run")]) == 0
+    assert riformer_cli.run("eval", [str(tmp_path / "run")]) == 0
     early = Run(tmp_path / "run").read("evaluation.json")
     Run(tmp_path / "run").write("evaluation.json", {**early, "date": "halfway"})
-    assert cli.run("train", train_more) == 0
+    assert riformer_cli.run("train", train_more) == 0
     assert Run(tmp_path / "run").read("evaluation.json")["date"] != "halfway"
 
 
@@ -163,7 +166,7 @@ def test_a_teacher_is_evaluated_under_its_own_normalisation(run, tmp_path):
     soft = ["--distill.label-weight=0", "--distill.soft-weight=1", f"--distill.logit-teacher={tmp_path / 'teacher'}"]
     plain = ["--distill.module-teacher=", "--distill.start-from-teacher=false", "--distill.schedule=constant"]
     plain += [f"--distill.{term}-weight=0" for term in ("block", "mixer", "relation")]
-    assert cli.run("train", ["--out", str(tmp_path / "run"), *SMALL[:-1], *soft, *plain]) == 0
+    assert riformer_cli.run("train", ["--out", str(tmp_path / "run"), *SMALL[:-1], *soft, *plain]) == 0
     own = evaluate_model(teacher, DataConfig(name="digits"))["as saved"]
     row = Run(tmp_path / "run").read("evaluation.json")["models"]["teacher"]
     assert row["top1"] == own.top1
@@ -187,9 +190,9 @@ def test_settings_that_would_be_ignored_are_refused(run, capsys):
 
 def test_models_in_float64_are_evaluated_fused_and_asked(run, image_folder, tmp_path):
     riformer.save(riformer.load(run).double(), tmp_path / "wide")
-    assert cli.run("eval", [str(tmp_path / "wide"), "--data.name", "digits"]) == 0
-    assert cli.run("fuse", [str(tmp_path / "wide"), str(tmp_path / "fused")]) == 0
-    assert cli.run("predict", [str(tmp_path / "fused"), str(image_folder / "one")]) == 0
+    assert riformer_cli.run("eval", [str(tmp_path / "wide"), "--data.name", "digits"]) == 0
+    assert riformer_cli.run("fuse", [str(tmp_path / "wide"), str(tmp_path / "fused")]) == 0
+    assert riformer_cli.run("predict", [str(tmp_path / "fused"), str(image_folder / "one")]) == 0
     assert riformer.load(tmp_path / "fused").stem.conv.weight.dtype == torch.float64
 
 
@@ -208,7 +211,7 @@ def test_eval_refuses_classes_that_the_model_does_not_know(run, image_folder, ca
 
 @pytest.mark.parametrize("form", ["file.safetensors", "folder"])
 def test_fuse_writes_an_equal_deploy_form_that_timm_reads(run, tmp_path, form, capsys):
-    assert cli.run("fuse", [str(run), str(tmp_path / form)]) == 0
+    assert riformer_cli.run("fuse", [str(run), str(tmp_path / form)]) == 0
     assert "identity" in capsys.readouterr().out
     student, fused = riformer.load(run), riformer.load(tmp_path / form)
     images = torch.randn(2, 3, 16, 16)
@@ -217,7 +220,7 @@ def test_fuse_writes_an_equal_deploy_form_that_timm_reads(run, tmp_path, form, c
     assert fused.pretrained_cfg["label_names"] == student.pretrained_cfg["label_names"]
     if form == "folder":
         assert_close(timm.create_model(f"local-dir:{tmp_path / form}", pretrained=True).eval()(images), fused(images))
-    assert cli.run("fuse", [str(run), str(tmp_path / form), "--fold"]) == 0
+    assert riformer_cli.run("fuse", [str(run), str(tmp_path / form), "--fold"]) == 0
     assert not any("layer_scale" in key for key in riformer.load(tmp_path / form).state_dict())
 
 
@@ -234,9 +237,9 @@ def test_fuse_writes_nothing_when_the_check_fails(run, tmp_path, monkeypatch, ca
 
 def test_predict_prints_a_table_or_json_lines(run, image_folder, capsys):
     images = sorted((image_folder / "seven").iterdir())[:2]
-    assert cli.run("predict", [str(run), *map(str, images)]) == 0
+    assert riformer_cli.run("predict", [str(run), *map(str, images)]) == 0
     assert images[0].name in capsys.readouterr().out.replace("\n", "")
-    assert cli.run("predict", [str(run), str(image_folder), "--json", "--top-k", "3"]) == 0
+    assert riformer_cli.run("predict", [str(run), str(image_folder), "--json", "--top-k", "3"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["path"] for line in lines] == sorted(str(path) for path in image_folder.rglob("*.png"))
     assert all(len(line["classes"]) == 3 for line in lines)
@@ -251,8 +254,8 @@ def test_predict_shows_what_it_has_labelled_when_a_later_image_ends_it(run, imag
         yield Prediction(str(images[0]), (("seven", 1.0),))
         raise RuntimeError("the model's logits are not finite")
 
-    monkeypatch.setattr("riformer.cli.models.predict", two)
-    assert cli.run("predict", [str(run), *map(str, images)]) == 1
+    monkeypatch.setattr("riformer_runtime.cli.predict.predict", two)
+    assert riformer_cli.run("predict", [str(run), *map(str, images)]) == 1
     captured = capsys.readouterr()
     assert images[0].name in captured.out.replace("\n", "")
     assert "riformer predict: the model's logits are not finite" in captured.err
@@ -267,7 +270,7 @@ def test_predict_says_which_engine_computes(run, image_folder, capsys):
     image = str(next(image_folder.rglob("*.png")))
     answers = {}
     for engine in ("eager", "portable", "auto"):
-        assert cli.run("predict", [str(run), image, "--json", "--top-k", "10", "--engine", engine]) == 0
+        assert riformer_cli.run("predict", [str(run), image, "--json", "--top-k", "10", "--engine", engine]) == 0
         said = capsys.readouterr()
         assert f"engine: {engine}" in said.err or engine == "auto"
         assert "float32" in said.err or "fp32" in said.err
@@ -275,7 +278,7 @@ def test_predict_says_which_engine_computes(run, image_folder, capsys):
     for engine in ("portable", "auto"):
         assert answers[engine] == pytest.approx(answers["eager"], abs=1e-4)
     assert "mixes tokens" in fails(capsys, "predict", str(run / "teacher"), image, "--engine", "portable")
-    assert cli.run("predict", [str(run / "teacher"), image]) == 0
+    assert riformer_cli.run("predict", [str(run / "teacher"), image]) == 0
     assert "engine: eager PyTorch" in capsys.readouterr().err
 
 
@@ -293,7 +296,7 @@ def test_an_evaluation_that_cannot_be_recorded_is_shown(run, tmp_path, capsys, c
     copied = shutil.copytree(run, tmp_path / "run")
     (copied / "evaluation.json").unlink()
     (copied / "evaluation.json").mkdir()
-    assert cli.run("eval", [str(copied)]) == 0
+    assert riformer_cli.run("eval", [str(copied)]) == 0
     assert "the fuse changes logits by" in capsys.readouterr().out
     assert "the evaluation is not recorded" in caplog.text
 
@@ -304,14 +307,14 @@ def test_predict_reads_an_image_from_a_pipe(run, image_folder, capsys):
     command = [sys.executable, "-m", "riformer", "predict", str(run), "-", *options]
     piped = subprocess.run(command, input=image.read_bytes(), capture_output=True, check=True)
     from_pipe = json.loads(piped.stdout)
-    assert cli.run("predict", [str(run), str(image), *options]) == 0
+    assert riformer_cli.run("predict", [str(run), str(image), *options]) == 0
     assert json.loads(capsys.readouterr().out)["classes"] == from_pipe["classes"]
 
 
 def test_predict_labels_the_others_where_a_path_is_missing_or_a_link_is_broken(run, image_folder, tmp_path, capsys):
     (image_folder / "zero" / "broken.png").symlink_to(tmp_path / "nowhere")
     paths = [str(tmp_path / "missing.png"), str(image_folder / "zero"), str(image_folder / "one")]
-    assert cli.run("predict", [str(run), *paths, "--json"]) == 1
+    assert riformer_cli.run("predict", [str(run), *paths, "--json"]) == 1
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     assert sum("classes" in line for line in lines) == 40
@@ -325,21 +328,21 @@ def test_what_is_left_out_is_said_alike_by_train_eval_and_predict(image_folder, 
     said = "left out 1 hidden, 1 with suffix .heic; to use .heic files, convert them to JPEG or PNG"
     path, data = str(tmp_path / "run"), f"folder:{image_folder}"
     train_it = ["--out", path, *STUDENT, "--teacher.epochs=1", f"--data.name={data}", "--optim.batch-size=10"]
-    assert cli.run("train", train_it) == 0
+    assert riformer_cli.run("train", train_it) == 0
     assert caplog.text.count(said) == 1
     assert caplog.text.count("3 classes in natural order: one, seven, zero") == 1
     for arguments in (["eval", f"{path}/best", "--data", data], ["predict", path, str(image_folder)]):
         caplog.clear()
-        assert cli.run(arguments[0], arguments[1:]) == 0
+        assert riformer_cli.run(arguments[0], arguments[1:]) == 0
         assert caplog.text.count(said) == 1
     capsys.readouterr()
-    assert cli.run("eval", [path]) == 0
+    assert riformer_cli.run("eval", [path]) == 0
     assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_predict_names_unreadable_images_and_labels_the_others(run, image_folder, tmp_path, capsys):
     (image_folder / "zero" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert cli.run("predict", [str(run), str(image_folder / "zero"), "--json"]) == 1
+    assert riformer_cli.run("predict", [str(run), str(image_folder / "zero"), "--json"]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     errors = [line for line in lines if "error" in line]
     assert len(lines) == 21
@@ -353,7 +356,7 @@ def test_predict_names_unreadable_images_and_labels_the_others(run, image_folder
 @pytest.fixture(scope="module")
 def published(run) -> Path:
     folder = run.with_name("published")
-    assert cli.run("publish", [str(run), str(folder)]) == 0
+    assert riformer_cli.run("publish", [str(run), str(folder)]) == 0
     return folder
 
 
@@ -373,7 +376,7 @@ def test_publish_writes_the_deploy_form_and_a_card_that_agree_with_the_run(run, 
 
 @pytest.mark.parametrize(("form", "has_scales"), [("training", True), ("folded", False)])
 def test_publish_writes_other_forms(run, tmp_path, form, has_scales, capsys):
-    assert cli.run("publish", [str(run), str(tmp_path / "model"), "--form", form]) == 0
+    assert riformer_cli.run("publish", [str(run), str(tmp_path / "model"), "--form", form]) == 0
     assert "35," in capsys.readouterr().out
     state = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).state_dict()
     assert any("layer_scale" in key for key in state) == has_scales
@@ -383,7 +386,7 @@ def test_publish_writes_other_forms(run, tmp_path, form, has_scales, capsys):
 def test_publish_replaces_a_published_model_and_nothing_else(run, published, tmp_path, capsys):
     before = (published / "README.md").read_text()
     (published / "README.md").write_text("old")
-    assert cli.run("publish", [str(run), str(published)]) == 0
+    assert riformer_cli.run("publish", [str(run), str(published)]) == 0
     assert (published / "README.md").read_text() == before
     capsys.readouterr()
     (tmp_path / "work").mkdir()
@@ -407,13 +410,13 @@ def test_publish_refuses_what_is_no_trained_run_or_has_no_such_form(run, tmp_pat
     )
     assert "must be OWNER/NAME" in fails(capsys, "publish", str(run), str(out), "--push", "name")
     assert not out.exists()
-    assert cli.run("publish", [str(run / "teacher"), str(out), "--form", "training"]) == 0
+    assert riformer_cli.run("publish", [str(run / "teacher"), str(out), "--form", "training"]) == 0
     assert "Not measured" in (out / "README.md").read_text()
 
 
 def test_publish_pushes_what_it_wrote(run, tmp_path, monkeypatch, capsys):
     hub = FakeHub(tmp_path / "hub", monkeypatch)
-    assert cli.run("publish", [str(run), str(tmp_path / "model"), "--push", "me/digits", "--private"]) == 0
+    assert riformer_cli.run("publish", [str(run), str(tmp_path / "model"), "--push", "me/digits", "--private"]) == 0
     assert "hf-hub:me/digits" in capsys.readouterr().out
     assert hub.private == {"me/digits": True}
     card = (tmp_path / "model" / "README.md").read_text()
@@ -430,7 +433,7 @@ def test_a_push_without_a_network_leaves_the_folder_and_says_what_to_do(run, tmp
 
     monkeypatch.setattr(FakeHub, "create_repo", unreachable)
     FakeHub(tmp_path / "hub", monkeypatch)
-    assert cli.run("publish", [str(run), str(tmp_path / "model"), "--push", "me/digits"]) == 1
+    assert riformer_cli.run("publish", [str(run), str(tmp_path / "model"), "--push", "me/digits"]) == 1
     message = capsys.readouterr().err
     assert "was not pushed to me/digits: Name or service not known" in message
     assert "hf auth login" in message
@@ -443,7 +446,7 @@ def test_convert_reads_a_foreign_checkpoint_and_refuses_a_wrong_one(tmp_path, ca
     out = tmp_path / "pool.safetensors"
     form = ["--form", "timm-poolformer"]
     assert "--form" in fails(capsys, "convert", str(tmp_path / "pool.pth"), str(out))
-    assert cli.run("convert", [str(tmp_path / "pool.pth"), str(out), *form]) == 0
+    assert riformer_cli.run("convert", [str(tmp_path / "pool.pth"), str(out), *form]) == 0
     assert "riformer_s12 pooling" in capsys.readouterr().out
     assert len(load_file(out)["head.fc.bias"]) == 7
     message = fails(
@@ -454,25 +457,25 @@ def test_convert_reads_a_foreign_checkpoint_and_refuses_a_wrong_one(tmp_path, ca
 
 
 def test_report_writes_one_page(run, tmp_path, capsys):
-    assert cli.run("report", [str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert riformer_cli.run("report", [str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert "page.html" in capsys.readouterr().out
     assert "quickstart" in (tmp_path / "page.html").read_text()
     assert "run" in fails(capsys, "report", str(tmp_path))
 
 
 def test_list_names_every_entry_of_every_table(capsys):
-    assert cli.run("list", []) == 0
+    assert riformer_cli.run("list", []) == 0
     out = capsys.readouterr().out
     for name in [*timm.list_models("riformer_*"), *MIXERS, *RECIPES, *RUNGS, *DATASETS]:
         assert name in out
-    assert cli.run("list", ["recipes"]) == 0
+    assert riformer_cli.run("list", ["recipes"]) == 0
     assert "riformer_s12" not in capsys.readouterr().out
     assert "did you mean recipes?" in fails(capsys, "list", "recipe")
 
 
 def test_list_puts_rungs_in_groups(capsys):
     assert sorted(name for names in RUNG_GROUPS.values() for name in names) == sorted(RUNGS)
-    assert cli.run("list", ["rungs"]) == 0
+    assert riformer_cli.run("list", ["rungs"]) == 0
     out = capsys.readouterr().out
     places = [out.index(f"rungs: {group}") for group in RUNG_GROUPS]
     assert places == sorted(places)
@@ -483,7 +486,7 @@ def test_a_run_on_labels_is_shown_without_what_only_a_teacher_or_a_fuse_has(run,
     with_teacher = capsys.readouterr().out
     assert "speed of the fused student over its teacher" in with_teacher
     assert "the fuse changes logits" in with_teacher
-    assert cli.run("train", ["--rung", "mixer", "--out", str(tmp_path), *SMALL[:-1]]) == 0
+    assert riformer_cli.run("train", ["--rung", "mixer", "--out", str(tmp_path), *SMALL[:-1]]) == 0
     mixing = capsys.readouterr().out
     assert "teacher" not in mixing.replace(str(tmp_path), "")
     assert "speed" not in mixing
@@ -492,3 +495,72 @@ def test_a_run_on_labels_is_shown_without_what_only_a_teacher_or_a_fuse_has(run,
     both = capsys.readouterr().out
     assert "speed of the fused student" in both
     assert "parameters" not in both  # of which there are two numbers
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "out"
+    assert riformer_cli.run("export", [str(run), str(path), "--to", "native", "onnx", "--precision", "fp32"]) == 0
+    return path
+
+
+def test_what_was_exported_predicts_and_evaluates_like_the_run(run, exported, image_folder, capsys):
+    images = sorted(str(path) for path in image_folder.rglob("*.png"))[::10]
+    options = [*images, "--json", "--top-k", "10"]
+    answers = {}
+    for name, arguments in (
+        ("run", [str(run), "--engine", "eager"]),
+        ("native", [str(exported), "--engine", "native"]),
+        ("onnx", [str(exported), "--engine", "onnxruntime"]),
+        ("one file", [str(exported / "fp32.onnx")]),
+    ):
+        assert riformer_cli.run("predict", [*arguments, *options]) == 0
+        said = capsys.readouterr()
+        assert name in ("run", "one file") or f"engine: {name}" in said.err
+        answers[name] = [json.loads(line) for line in said.out.splitlines()]
+    expected = [{c["class"]: pytest.approx(c["probability"], abs=1e-4) for c in a["classes"]} for a in answers["run"]]
+    assert len(expected) == len(images)
+    for name in ("native", "onnx", "one file"):
+        assert [{c["class"]: c["probability"] for c in a["classes"]} for a in answers[name]] == expected
+    assert riformer_cli.run("eval", [str(exported), "--data", "digits"]) == 0
+    evaluation = Run(run).read("evaluation.json")
+    assert f"{evaluation['models']['student']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_check_says_what_is_right_and_what_is_not(exported, tmp_path, capsys):
+    assert riformer_cli.run("check", [str(exported), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["payload"]["engine"] for line in lines] == ["native", "onnxruntime"]
+    assert all(line["parity"]["max_rel"] < 1e-4 and not line["problem"] for line in lines)
+    assert riformer_cli.run("check", [str(exported)]) == 0
+    assert capsys.readouterr().out.count("right") == 2
+    damaged = shutil.copytree(exported, tmp_path / "damaged")
+    content = bytearray((damaged / "native.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "native.npz").write_bytes(content)
+    for verb in (["check", str(damaged)], ["predict", str(damaged), "image.png"]):
+        assert "native.npz is damaged or was changed" in fails(capsys, *verb)
+
+
+def test_export_refuses_what_does_not_exist_and_what_it_would_delete(run, exported, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    out = str(tmp_path / "out")
+    for arguments, message in (
+        ([str(run), str(tmp_path / "mine")], "has other things in it (thesis.tex)"),
+        ([str(run), out, "--to", "onxx"], "no target 'onxx'"),
+        ([str(run), out, "--to", "native", "--precision", "int8"], "the target native has no int8"),
+        ([str(run / "teacher"), out, "--to", "native"], "takes RIFormers alone"),
+        ([str(run / "best"), out, "--to", "onnx", "--precision", "int8"], "int8 needs training images"),
+        ([str(run), f"{out}.onnx", "--to", "native"], "can hold one payload"),
+        ([str(run), f"{out}.onnx", "--inside", "resize", "--precision", "int8"], "int8 with --inside resize"),
+    ):
+        assert message in fails(capsys, "export", *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+    assert "--engine and --precision choose among" in fails(
+        capsys, "eval", str(run / "best"), "--data", "digits", "--engine", "native"
+    )
+    assert "--precision chooses among" in fails(capsys, "predict", str(run), "a.png", "--precision", "fp32")
+    assert "has nothing for openvino; it has native fp32, onnxruntime fp32" in fails(
+        capsys, "predict", str(exported), "a.png", "--engine", "openvino"
+    )

@@ -34,7 +34,7 @@ def recipe_of(command: str, verb: str = "train") -> Recipe:
 def refused(capsys, verb: str, command: str) -> str:
     """The message with which a command ends, be it by its parser or by what it does."""
     try:
-        code = cli.run(verb, shlex.split(command))
+        code = riformer_cli.run(verb, shlex.split(command))
     except SystemExit as end:
         code = end.code
     assert code in (1, 2)
@@ -179,7 +179,7 @@ def test_a_parser_keeps_types_defaults_and_dots():
 def test_every_verb_explains_every_option_and_shows_examples_that_are_right(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as error:
-        cli.run(verb, ["--help-all"])
+        riformer_cli.run(verb, ["--help-all"])
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: riformer {verb} [options]")

@@ -98,7 +98,7 @@ def test_an_error_that_cannot_be_printed_still_gives_its_exit_code(monkeypatch, 
     else:
         with pytest.raises(OSError, match=r"No space|Broken pipe"):  # a control
             os.write(stream.fileno(), b"x")
-    monkeypatch.setattr(cli, "errors", Console(file=stream))
+    monkeypatch.setattr("riformer_runtime.cli.options.errors", Console(file=stream))
     before = os.dup(1)  # which rich closes when nobody reads
     try:
         assert cli.run("list", []) == 1

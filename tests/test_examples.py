@@ -1,14 +1,19 @@
 """The scripts in examples/ do what they say."""
 
 import re
+import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from scripts import ROOT, load_script
 from timm.utils import reparameterize_model
 
+from riformer.export.artifact import Samples, export
 from riformer.model.mixers import Affine, Identity
+from riformer_runtime import open_runner, predict
 
 PATH = ROOT / "examples" / "detection.py"
 
@@ -68,3 +73,23 @@ def test_help(detection, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         detection.main()
     assert "python examples/detection.py --model riformer_s12 --pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_replicas_of_ray_serve_answer_as_predict_does(tmp_path):
+    pytest.importorskip("ray.serve")
+    torch.manual_seed(0)
+    overlay = {"input_size": (3, 32, 32), "label_names": ["cat", "dog"]}
+    model = timm.create_model("riformer_micro", num_classes=2, pretrained_cfg_overlay=overlay).eval()
+    images = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue", "white") * 5]
+    paths = [tmp_path / f"{i}.png" for i in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    export(model, tmp_path / "out", Samples("colours", images), ["native"])
+    command = [sys.executable, ROOT / "examples" / "ray_serve.py", tmp_path / "out", *paths]
+    answers = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^(\S+): (.*) \(replica (\d+)\)$", answers, re.MULTILINE)
+    assert len({replica for _, _, replica in lines}) == 2
+    predictions = predict(open_runner(tmp_path / "out"), paths)
+    expected = [", ".join(f"{name} {share:.1%}" for name, share in one.classes) for one in predictions]
+    assert [classes for _, classes, _ in lines] == expected

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable
 
-from riformer.cli.export import export_verb
+from safetensors import SafetensorError
+
+from riformer.cli.export import export_verb, layout_verb
 from riformer.cli.models import convert_verb, fuse_verb, publish
 from riformer.cli.models import open_model as open_model
 from riformer.cli.overview import list_verb, report
@@ -17,6 +19,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "fuse": fuse_verb,
     "export": export_verb,
+    "layout": layout_verb,
     "profile": profile_verb,
     "bench": bench_verb,
     "publish": publish,
@@ -29,7 +32,8 @@ RESUMES = dict.fromkeys(("train", "ladder"), "; run the same command again to re
 
 def run(verb: str, argv: list[str]) -> int:
     """Runs a verb and returns the exit code. What the user can mend is one message, not a traceback."""
-    return options.run(verb, VERBS[verb], argv, message=_message, hint=RESUMES.get(verb, ""))
+    mendable = (*options.MENDABLE, SafetensorError)
+    return options.run(verb, VERBS[verb], argv, mendable=mendable, message=_message, hint=RESUMES.get(verb, ""))
 
 
 def _message(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The verb export."""
+"""The verbs export and layout."""
 
 import re
 from dataclasses import replace
@@ -14,12 +14,14 @@ from riformer.data.splits import hash_ranks
 from riformer.export.artifact import Samples, combinations, export
 from riformer.export.graph import can_collapse
 from riformer.export.int8 import Limits
+from riformer.export.repository import write_repository
 from riformer.export.targets import EXPORTERS
 from riformer.model.preprocessing import preprocessing_of
 from riformer.model.weights import load
 from riformer.runtime.runner import AsModule
-from riformer.study.evaluation import evaluate_model
+from riformer.study.evaluation import open_split
 from riformer.train.run import Run
+from riformer_runtime.artifact import Artifact
 from riformer_runtime.cli.check import table_of_payloads
 from riformer_runtime.engines import PayloadRunner
 
@@ -73,6 +75,25 @@ def export_verb(argv: list[str]) -> int:
     return 0
 
 
+def layout_verb(argv: list[str]) -> int:
+    """Writes what was exported into a model repository of Triton Inference Server or OpenVINO Model Server.
+
+    The model becomes the next version in NAME/1, NAME/2 and so on, with the server's configuration, the class names and
+    the manifest. Of several payloads that the server runs, the fastest is taken.
+    """
+    parser = verb_parser("layout", layout_verb)
+    parser.add_argument("artifact", type=str, help="what riformer export wrote: a folder or an .onnx file")
+    parser.add_argument("repository", type=str, help="folder of the repository; other models in it stay")
+    parser.add_argument("--server", type=Literal["triton", "openvino"], default="triton", help="whose layout")
+    parser.add_argument("--name", type=str, default="", help="of the model (default: the artefact's name)")
+    options = parser.parse_args(argv)
+    artifact = Artifact(options.artifact)
+    name = options.name or Path(options.artifact).resolve().stem
+    version = write_repository(artifact, options.repository, options.server, name)
+    console.print(f"{version}: {' '.join(sorted(file.name for file in version.iterdir()))}")
+    return 0
+
+
 def _samples(options: Any, model: nn.Module) -> tuple[Samples, dict[str, Any]]:
     """Images of the training split, and what is recorded of the source."""
     path = Path(options.source)
@@ -88,14 +109,19 @@ def _samples(options: Any, model: nn.Module) -> tuple[Samples, dict[str, Any]]:
         data = DataConfig(name="digits")
     data = replace(data, img_size=preprocessing_of(model).input_size[-1])
     dataset = open_dataset(data, record)
-    dataset.log()
+    if "int8" not in options.precision:
+        dataset.log()
     train = dataset.splits["train"]
     ranks = hash_ranks(train.names, train.labels)
     wanted = NUM_CALIBRATION if "int8" in options.precision else NUM_PROBE
     chosen = sorted(range(len(train)), key=lambda i: (ranks[i], train.labels[i]))[:wanted]
 
-    def accuracy(runner: PayloadRunner) -> float:
-        return evaluate_model(AsModule(runner), data, "val", record=record)["as saved"].top1
+    samples = Samples(dataset.name, (train.read(i) for i in chosen))
+    if "int8" not in options.precision or not (is_run or options.data.name):
+        return samples, source
+    validation = open_split(model, data, "val", record=record)
 
-    judged = accuracy if is_run or options.data.name else None
-    return Samples(dataset.name, (train.read(i) for i in chosen), judged), source
+    def accuracy(runner: PayloadRunner) -> float:
+        return validation.evaluate(AsModule(runner), str(runner.payload)).top1
+
+    return replace(samples, accuracy=accuracy), source

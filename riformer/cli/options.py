@@ -37,6 +37,13 @@ EXAMPLES = {
         ("riformer export runs/photos-seed0 exported/", "for every engine that is installed"),
         ("riformer export runs/photos-seed0 exported/ --to onnx openvino --precision fp32 int8", "also quantised"),
     ),
+    "layout": (
+        ("riformer layout exported/ models/ --server triton", "for tritonserver --model-repository models"),
+        (
+            "riformer layout exported/ models/ --server openvino --name cats",
+            "for ovms --config_path models/config.json",
+        ),
+    ),
     "profile": (("riformer profile riformer_s12:mixer=pooling --out profile", "a PoolFormer, with a picture"),),
     "bench": (
         ("riformer bench riformer_s12 resnet50 --backends eager ours", "two networks on two engines"),

@@ -119,10 +119,10 @@ def export(
         for name, precision in wanted:
             target, say = EXPORTERS[name], partial(_prefixed, status, f"{name} {precision}")
             options = Options(precision=precision, inside=inside)
+            if can_collapse(model) and name not in forms:
+                say("comparing the forms of the graph")
+                forms[name] = _rates_by_form(model, target, images[:BATCH_SIZE], options)
             if can_collapse(model):
-                if name not in forms:
-                    say("comparing the forms of the graph")
-                    forms[name] = _rates_by_form(model, target, images[:BATCH_SIZE], options)
                 options = replace(options, form=max(target.forms, key=lambda form: forms[name].get(form, 0.0)))
             say("writing")
             try:
@@ -130,7 +130,7 @@ def export(
                     assert samples.accuracy is not None
                     runner = export_int8(model, target, work, options, images, samples.accuracy, limits, say)
                 else:
-                    runner = target.export(model, torch.from_numpy(images[:2]), work, options)
+                    runner = _exported(model, target, images[:2], work, options, probe)
             except NotWorthItError as error:
                 refused[name] = str(error)
                 continue
@@ -205,6 +205,20 @@ def check_replaceable(folder: Path) -> None:
         own |= {name for payload in read_manifest(folder).payloads for name in payload.files}
     if others := sorted(names - own):
         raise ValueError(f"{folder} has other things in it ({', '.join(others[:3])}), which would be deleted")
+
+
+def _exported(
+    model: nn.Module, target: Target, images: np.ndarray, folder: Path, options: Options, probe: dict[str, np.ndarray]
+) -> PayloadRunner:
+    """The payload, of fixed size where a graph for any size is recorded that only computes the network's own size."""
+    try:
+        runner = target.export(model, torch.from_numpy(images), folder, options)
+        if not runner.payload.any_size or not check_runner(runner, probe).problem:
+            return runner
+    except RuntimeError:
+        if can_collapse(model) or options.inside == "resize":
+            raise
+    return target.export(model, torch.from_numpy(images), folder, replace(options, any_size=False))
 
 
 def _rates_by_form(model: nn.Module, target: Target, images: np.ndarray, options: Options) -> dict[str, float]:

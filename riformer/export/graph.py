@@ -43,7 +43,8 @@ class Options:
         form: of a RIFormer's graph: "deploy", folded, or "collapsed", matrix products and coefficients. Other networks
             have the form "training".
         inside: what of the preprocessing the graph does itself, see `riformer_runtime.Payload`.
-        dynamic: whether it takes any number of images, of any size where the network does, or those of the example.
+        dynamic: whether it takes any number of images, or as many as the example has.
+        any_size: whether it takes images of any size, where the network does.
         unquantised: names of int8's operators that stay in float.
         source: the graph in float32, where an exporter that starts from ONNX need not write it again.
         threads: of the runner; 0 for as many as the process may use.
@@ -53,6 +54,7 @@ class Options:
     form: Literal["deploy", "collapsed"] = "deploy"
     inside: Inside = ""
     dynamic: bool = True
+    any_size: bool = True
     unquantised: tuple[str, ...] = ()
     source: OnnxFile | None = None
     threads: int = 0

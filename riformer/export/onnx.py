@@ -40,7 +40,12 @@ def float_onnx(model: nn.Module, example: Tensor, options: Options) -> Iterator[
         yield options.source
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield write_onnx(model, example[:2], Path(folder) / "graph.onnx", replace(options, precision="fp32"))
+        yield write_onnx(
+            model,
+            example[:2] if options.dynamic else example,
+            Path(folder) / "graph.onnx",
+            replace(options, precision="fp32"),
+        )
 
 
 def write_onnx(model: nn.Module, example: Tensor, file: Path, options: Options) -> OnnxFile:
@@ -76,8 +81,9 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, options: Options) 
 
 
 def varying_dimensions(options: Options) -> list[dict[int, Any]]:
-    """Dimensions that may vary, in the order in which they are tried: number and size of images, then number alone."""
+    """Dimensions that may vary, in the order in which they are tried: those asked for, then without the size."""
     dynamic = torch.export.Dim.DYNAMIC
     if options.inside == "resize":
         return [{2: dynamic, 3: dynamic}]
-    return [{0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}] if options.dynamic else [{}]
+    number: dict[int, Any] = {0: dynamic} if options.dynamic else {}
+    return [{**number, 2: dynamic, 3: dynamic}, number] if options.any_size else [number]

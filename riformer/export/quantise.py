@@ -59,7 +59,7 @@ def quantise_onnx(source: Path, destination: Path, images: np.ndarray, unquantis
 
     class Calibration(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = _batches(images)
+            self.batches = _batches(source, images)
 
         def get_next(self) -> Any:
             return next(({"images": batch} for batch in self.batches), None)
@@ -94,15 +94,21 @@ def quantise_openvino(source: Path, destination: Path, images: np.ndarray, unqua
         others = {op.get_type_name() for op in operators} - {"Convolution", "MatMul", "Constant", "Parameter", "Result"}
         quantised = nncf.quantize(
             graph,
-            nncf.Dataset(list(_batches(images))),
+            nncf.Dataset(list(_batches(source, images))),
             preset=nncf.QuantizationPreset.MIXED,
-            subset_size=-(-len(images) // BATCH_SIZE),
+            subset_size=len(images),  # at most
             ignored_scope=nncf.IgnoredScope(names=kept, types=sorted(others), validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )
     ov.save_model(quantised, destination, compress_to_fp16=False)
 
 
-def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
-    for i in range(0, len(images), BATCH_SIZE):
-        yield np.ascontiguousarray(images[i : i + BATCH_SIZE])
+def _batches(source: Path, images: np.ndarray) -> Iterator[np.ndarray]:
+    """The images in batches, of the one size that the graph takes where it has one; the rest is then left out."""
+    import onnx
+
+    graph = onnx.load(source, load_external_data=False).graph
+    (fixed,) = (tensor.type.tensor_type.shape.dim[0].dim_value for tensor in graph.input)
+    size = fixed or BATCH_SIZE
+    for i in range(0, len(images) - fixed + 1 if fixed else len(images), size):
+        yield np.ascontiguousarray(images[i : i + size])

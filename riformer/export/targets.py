@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from riformer.export.executorch import export_executorch
 from riformer.export.graph import Options
 from riformer.export.native import export_native
 from riformer.export.onnx import export_onnx
 from riformer.export.openvino import export_openvino
+from riformer.export.pytorch import export_aoti, export_pt2
 from riformer_runtime.engines import PayloadRunner
 
 
@@ -34,4 +36,7 @@ EXPORTERS: dict[str, Target] = {
     "native": Target(export_native, ("fp32", "bf16x3", "bf16"), ("collapsed",), riformer_only=True),
     "onnx": Target(export_onnx, ("fp32", "fp16", "int8")),
     "openvino": Target(export_openvino, ("fp32", "bf16", "int8")),
+    "pt2": Target(export_pt2, ("fp32", "bf16", "fp16")),
+    "executorch": Target(export_executorch, ("fp32",)),
+    "aoti": Target(export_aoti, ("fp32", "bf16", "fp16")),
 }

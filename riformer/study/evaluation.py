@@ -4,7 +4,7 @@ import base64
 import io
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,10 @@ def evaluate_model(
 ) -> dict[str, Evaluation]:
     """Accuracy of any saved model on a data set, before and after the fuse, with the model's own preprocessing.
 
-    The data's classes are matched with the model's by name; those of a model without class names by their order, which
-    must then not be clearly worse than another usual order. A folder without splits on which the model was trained is
-    split as in that training.
-
     Args:
         model: as `load` gives it, or what `riformer.optimize` returns.
         data: the data set.
-        split: train, val or test; empty takes test, else val, and all images of a folder without splits, unless the
-            model was trained on them.
+        split: see `open_split`, as for the others.
         seed: of the split of a folder, instead of `data.split_seed`.
         record: the data.json of the run whose split it is.
         classes: class names of a model that carries none, in the order of its outputs.
@@ -151,12 +146,76 @@ def evaluate_model(
         ValueError: the data has no such split, or a class that the model does not know; the model's outputs seem to
             mean the classes in another order; its logits are not finite.
     """
-    config = model.pretrained_cfg
-    preprocessing = preprocessing_of(model)
-    data = replace(data, img_size=preprocessing.input_size[-1])  # of which only glyphs take notice
+    opened = open_split(model, data, split, seed, record, classes)
+    forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
+    results = {form: opened.evaluate(m, form) for form, m in forms.items()}
+    measured = results["as saved"]
+    if not opened.known and (problem := wrong_order(measured.confusion, opened.classes, measured.num_images)):
+        raise ValueError(f"the model carries no class names, and {problem}. State its classes with --classes FILE")
+    return results
+
+
+@dataclass(frozen=True)
+class OpenSplit:
+    """Images on which a model can be evaluated, and what their classes are to it.
+
+    Attributes:
+        images: of the split.
+        classes: of the data set.
+        own_index: the model's output for each class of the data set.
+        num_outputs: of the model.
+        known: whether the model's classes are known by name.
+        num_workers: that read images.
+    """
+
+    images: ImageList
+    classes: tuple[str, ...]
+    own_index: Tensor
+    num_outputs: int
+    known: bool
+    num_workers: int
+
+    def evaluate(self, model: nn.Module, name: str) -> Evaluation:
+        """What the model, or another one with the same outputs, does on the images, with its own preprocessing.
+
+        Raises:
+            ValueError: logits that are not finite; the message has the name.
+        """
+        batches = eval_batches(self.images, preprocessing_of(model), BATCH_SIZE, self.num_workers)
+        renamed = ((images, self.own_index[labels]) for images, labels in batches)
+        return _finite(evaluate(model, renamed, self.num_outputs), name)
+
+
+def open_split(
+    model: nn.Module,
+    data: DataConfig,
+    split: str = "",
+    seed: int | None = None,
+    record: dict[str, Any] | None = None,
+    classes: Sequence[str] = (),
+) -> OpenSplit:
+    """Images of a data set, for the evaluation of a model.
+
+    The data's classes are matched with the model's by name; those of a model without class names by their order. A
+    folder without splits on which the model was trained is split as in that training.
+
+    Args:
+        model: as `load` gives it.
+        data: the data set.
+        split: train, val or test; empty takes test, else val, and all images of a folder without splits, unless the
+            model was trained on them.
+        seed: of the split of a folder, instead of `data.split_seed`.
+        record: the data.json of the run whose split it is.
+        classes: class names of a model that carries none, in the order of its outputs.
+
+    Raises:
+        ValueError: the data has no such split, or a class that the model does not know.
+    """
+    data = replace(data, img_size=preprocessing_of(model).input_size[-1])  # of which only glyphs take notice
     if seed is not None:
         data = replace(data, split_seed=seed)
-    dataset = open_dataset(data, record) if record else open_for_evaluation(data, split, config.get("train_data"))
+    train_data = model.pretrained_cfg.get("train_data")
+    dataset = open_dataset(data, record) if record else open_for_evaluation(data, split, train_data)
     split = _chosen_split(dataset, split)
     dataset.log()
     logger.info("evaluating on %s, %d images", split, len(dataset.splits[split]))
@@ -172,17 +231,7 @@ def evaluate_model(
     if unknown := sorted(set(dataset.classes) - set(names)):
         raise ValueError(f"the model does not know the classes {unknown[:5]}; it knows {', '.join(names[:20])}")
     own_index = torch.tensor([names.index(name) for name in dataset.classes])
-
-    def batches() -> Any:
-        images = eval_batches(dataset.splits[split], preprocessing, BATCH_SIZE, data.num_workers)
-        return ((x, own_index[y]) for x, y in images)
-
-    forms = {"as saved": model, "fused": deploy_form(model)} if isinstance(model, MetaFormer) else {"as saved": model}
-    results = {form: _finite(evaluate(m, batches(), len(names)), form) for form, m in forms.items()}
-    measured = results["as saved"]
-    if not known and (problem := wrong_order(measured.confusion, dataset.classes, measured.num_images)):
-        raise ValueError(f"the model carries no class names, and {problem}. State its classes with --classes FILE")
-    return results
+    return OpenSplit(dataset.splits[split], dataset.classes, own_index, len(names), bool(known), data.num_workers)
 
 
 def _finite(result: Evaluation, name: str) -> Evaluation:

@@ -23,12 +23,14 @@ def check_verb(argv: list[str]) -> int:
     """
     parser = verb_parser("check", check_verb, EXAMPLES)
     parser.add_argument("artifact", type=str, help="what riformer export wrote: a folder or an .onnx file")
+    trusted_help = "also run payloads whose files can run code of their own (pt2, aoti)"
+    parser.add_argument("--trusted", action="store_true", help=trusted_help)
     parser.add_argument("--json", action="store_true", help="a JSON line for each payload instead of a table")
     options = parser.parse_args(argv)
     artifact = Artifact(options.artifact)
     found: list[Check] = []
     with errors.activity("checking") as show:
-        for one in check(artifact):
+        for one in check(artifact, options.trusted):
             found.append(one)
             show(f"checked {one.payload}")
     if options.json:
@@ -36,6 +38,9 @@ def check_verb(argv: list[str]) -> int:
             console.out(json.dumps(asdict(one)), highlight=False)
     else:
         console.print(table_of(found))
+        for text in dict.fromkeys(f"{one.payload}: {one.problem or one.skipped}" for one in found):
+            if not text.endswith(": "):
+                console.print(text, soft_wrap=True)
         manifest = artifact.manifest
         console.print(
             f"{manifest.architecture}, {manifest.num_classes} classes, exported {manifest.environment.get('date')}"
@@ -48,23 +53,21 @@ def table_of(found: list[Check]) -> Table:
     table = Table("payload", "ran on", "largest difference", "same class", "result")
     for one in found:
         numbers = (f"{one.parity['max_rel']:.1e}", f"{one.parity['top1_agreement']:.1%}") if one.parity else ("", "")
-        result = f"wrong: {one.problem}" if one.problem else f"not run: {one.skipped}" if one.skipped else "right"
+        result = "wrong" if one.problem else "not run" if one.skipped else "right"
         table.add_row(str(one.payload), one.engine, *numbers, result)
     return table
 
 
 def table_of_payloads(artifact: Artifact) -> Table:
     """A row for each payload, with what the manifest says of it."""
-    table = Table(
-        "payload", "files", "size", "largest difference", "same class", "images/s", "top-1", title=str(artifact.path)
-    )
+    headings = ("payload", "size", "largest difference", "same class", "images/s", "top-1")
+    table = Table(*headings, title=str(artifact.path))
     for payload in artifact.payloads:
         sizes = [(artifact.path / name).stat().st_size for name in payload.files if artifact.path.is_dir()]
         size = sum(sizes) if sizes else artifact.path.stat().st_size
         accuracy = payload.accuracy
         table.add_row(
             str(payload),
-            " ".join(payload.files) if sizes else artifact.path.name,
             f"{size / 2**20:.1f} MiB",
             f"{payload.parity['max_rel']:.1e}",
             f"{payload.parity['top1_agreement']:.1%}",

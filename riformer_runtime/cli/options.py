@@ -29,8 +29,17 @@ def verb_parser(
     return Parser(f"riformer {name}", verb.__doc__ or "", end, renamed)
 
 
+MENDABLE: tuple[type[Exception], ...] = (ValueError, RuntimeError, OSError, MemoryError)
+"""Errors that a user can mend."""
+
+
 def run(
-    name: str, verb: Callable[..., int], *arguments: Any, message: Callable[[Exception], str] = str, hint: str = ""
+    name: str,
+    verb: Callable[..., int],
+    *arguments: Any,
+    mendable: tuple[type[Exception], ...] = MENDABLE,
+    message: Callable[[Exception], str] = str,
+    hint: str = "",
 ) -> int:
     """Calls a verb and returns the exit code. What the user can mend is one message, not a traceback.
 
@@ -38,6 +47,7 @@ def run(
         name: of the verb.
         verb: its function.
         arguments: that it is given.
+        mendable: errors that are shown as a message; others are defects.
         message: what an error says.
         hint: what an interrupt says beside that it was one.
     """
@@ -46,7 +56,7 @@ def run(
     logging.getLogger("riformer_runtime").setLevel(logging.INFO)
     try:
         return verb(*arguments)
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except mendable as error:
         out_of_memory = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
         _print_error(f"riformer {name}: ", message(error) or out_of_memory)
         return 1

@@ -59,7 +59,16 @@ def predict_verb(argv: list[str], open_model: OpenModel) -> int:
 def chosen_runner(
     path: str, open_model: OpenModel, engine: str = "auto", precision: str = "", num_images: int | None = None
 ) -> Runner:
-    """The runner of an artefact, a run or a model; its engine is printed.
+    """The runner of an artefact, a run or a model; its engine is printed. See `open_any`."""
+    runner, reason = open_any(path, open_model, engine, precision, num_images)
+    errors.print(f"engine: {describe(runner)}" + (f" ({reason})" if reason else ""), soft_wrap=True)
+    return runner
+
+
+def open_any(
+    path: str, open_model: OpenModel, engine: str = "auto", precision: str = "", num_images: int | None = None
+) -> tuple[Runner, str]:
+    """The runner of an artefact, a run or a model, and why no faster one.
 
     Args:
         path: of the artefact, run or model.
@@ -75,14 +84,10 @@ def chosen_runner(
     with errors.activity("preparing the network; the native one is compiled once on each machine"):
         if is_artifact(path):
             many = num_images is None or num_images >= MIN_IMAGES_TO_COMPILE
-            runner: Runner = open_runner(path, engine, precision, compile_native=many)
-            reason = ""
-        elif precision:
+            return open_runner(path, engine, precision, compile_native=many), ""
+        if precision:
             raise ValueError(f"--precision chooses among what an artefact has, and {path} is none")
-        else:
-            runner, reason = open_model(path, engine, num_images)
-    errors.print(f"engine: {describe(runner)}" + (f" ({reason})" if reason else ""), soft_wrap=True)
-    return runner
+        return open_model(path, engine, num_images)
 
 
 def _show(runner: Runner, images: list[Any], options: Any, failed: bool) -> int:

@@ -46,17 +46,17 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("network.cpp", "products.h"))
 
 
-def flags(instruction_set: str) -> tuple[str, ...]:
-    """What the compiler is given for an instruction set."""
-    return (*FLAGS, *INSTRUCTION_SETS[instruction_set].compile_with)
-
-
 def compiler() -> list[str]:
     """The command of the C++ compiler: the one in CXX, or the system's; empty where there is none."""
     if command := shlex.split(os.environ.get("CXX", "")):
         return command
     found = shutil.which("c++") or shutil.which("g++")
     return [found] if found else []
+
+
+def flags(instruction_set: str) -> tuple[str, ...]:
+    """What the compiler is given for an instruction set."""
+    return (*FLAGS, *INSTRUCTION_SETS[instruction_set].compile_with)
 
 
 def library_name(instruction_set: str, more: str = "") -> str:

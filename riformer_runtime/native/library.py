@@ -6,6 +6,7 @@ source, the flags and the compiler. Either is reached by ctypes, and neither is 
 """
 
 import ctypes
+import logging
 import platform
 import subprocess
 import tempfile
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from riformer_runtime.caches import cache_folder
 from riformer_runtime.native.instruction_sets import INSTRUCTION_SETS, SOURCES, compiler, flags, library_name
+
+logger = logging.getLogger(__name__)
 
 
 class UnavailableError(RuntimeError):
@@ -28,8 +31,8 @@ def supported() -> tuple[str, ...]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ()
-    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    return tuple(name for name, kind in INSTRUCTION_SETS.items() if flags.issuperset(kind.needs))
+    has = set(next((line for line in lines if line.startswith("flags")), "").split())
+    return tuple(name for name, kind in INSTRUCTION_SETS.items() if has.issuperset(kind.needs))
 
 
 def best_products(precision: str) -> tuple[str, str]:
@@ -52,7 +55,7 @@ def build(instruction_set: str, *more_flags: str) -> ctypes.CDLL:
     """The library for an instruction set: as it was installed, or else compiled unless it was before.
 
     Raises:
-        UnavailableError: there is no C++ compiler, or it fails.
+        UnavailableError: there is no C++ compiler, or it fails; or the library cannot be loaded.
     """
     if not more_flags and (library := installed(instruction_set)):
         return library
@@ -65,7 +68,8 @@ def build(instruction_set: str, *more_flags: str) -> ctypes.CDLL:
                 beside.replace(file)
         return _opened(file)
     except subprocess.CalledProcessError as error:
-        first_error = next((line for line in error.stderr.decode().splitlines() if "error" in line), error)
+        lines = error.stderr.decode(errors="replace").splitlines()
+        first_error = next((line for line in lines if "error" in line), error)
         raise UnavailableError(f"{error.cmd[0]} does not compile the native network: {first_error}") from error
     except OSError as error:
         raise UnavailableError(f"the native network cannot be built or loaded: {error}") from error
@@ -73,11 +77,12 @@ def build(instruction_set: str, *more_flags: str) -> ctypes.CDLL:
 
 @cache
 def installed(instruction_set: str) -> ctypes.CDLL | None:
-    """The library that came with the package; None where none did, or where it needs a newer system than this one."""
+    """The library that came with the package; None where none did, or where this system cannot load it."""
     file = Path(__file__).with_name("compiled") / library_name(instruction_set)
     try:
         return _opened(file) if file.is_file() else None
-    except OSError:
+    except OSError as error:
+        logger.warning("the installed native network cannot be loaded here: %s", error)
         return None
 
 

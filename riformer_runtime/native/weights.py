@@ -69,6 +69,40 @@ def check_size(geometry: tuple[tuple[int, int, int], ...], height: int, width: i
         raise ValueError(f"images of {height} x {width} pixels are too small for this network")
 
 
+def check_weights(weights: NetworkWeights) -> None:
+    """Checks that the arrays fit together, since the engine reads them by their sizes alone.
+
+    Raises:
+        ValueError: an array has another shape than its neighbours imply, or values that are no finite floats.
+    """
+    channels = weights.in_chans
+    for i, (conv, blocks) in enumerate(zip(weights.convs, weights.stages, strict=True)):
+        columns, kernel = conv.weight.shape[0], conv.weight.shape[-1]
+        _check(f"convs.{i}", conv.weight, (columns, channels, kernel, kernel))
+        _check(f"convs.{i}", conv.bias, (columns,))
+        if not 0 < conv.stride < 2**15 or not 0 <= conv.padding < kernel:
+            raise ValueError(f"convs.{i} has stride {conv.stride} and padding {conv.padding}")
+        channels = columns
+        for j, block in enumerate(blocks):
+            (hidden,) = block.fc1_bias.shape
+            norm = (channels,)
+            shapes = (norm, norm, norm, norm, (hidden, channels), (hidden,), (channels, hidden), norm)
+            for name, values, shape in zip(BlockWeights._fields, block, shapes, strict=True):
+                _check(f"stages.{i}.{j}.{name}", values, shape)
+    (num_outputs,) = weights.head_bias.shape
+    _check("head_bias", weights.head_bias, (num_outputs,))
+    _check("head_weight", weights.head_weight, (num_outputs, channels))
+    if not 0 < weights.eps < 1:
+        raise ValueError(f"eps is {weights.eps}")
+
+
+def _check(name: str, values: Any, shape: tuple[int, ...]) -> None:
+    if values.shape != shape or not values.size:
+        raise ValueError(f"{name} has shape {list(values.shape)}, where {list(shape)} is needed")
+    if values.dtype != np.float32 or not np.isfinite(values).all():
+        raise ValueError(f"{name} holds values that are no finite floats")
+
+
 def write_weights(weights: NetworkWeights, file: str | Path) -> None:
     """Writes the weights as an .npz file, all arrays in float32."""
     arrays: dict[str, Any] = {"format": FORMAT, "eps": weights.eps}
@@ -101,6 +135,8 @@ def read_weights(file: str | Path) -> NetworkWeights:
                 blocks = [[arrays[f"stages.{i}.{j}.{name}"] for name in BlockWeights._fields] for j in range(depth)]
                 stages.append(tuple(BlockWeights(*block) for block in blocks))
             head = arrays["head_weight"], arrays["head_bias"]
-            return NetworkWeights(tuple(convs), tuple(stages), *head, float(arrays["eps"]))
+            weights = NetworkWeights(tuple(convs), tuple(stages), *head, float(arrays["eps"]))
+        check_weights(weights)
+        return weights
     except Exception as error:  # of damaged files zipfile and NumPy raise nearly anything
         raise ValueError(f"{file} holds no weights of the native network: {error}") from error

@@ -10,7 +10,7 @@ import pytest
 
 from riformer_runtime.caches import cache_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -57,6 +57,6 @@ def test_a_folder_that_others_may_have_filled_is_refused(temporary: Path, kind: 
 
 
 def test_no_other_file_of_the_package_looks_for_a_cache() -> None:
-    command = ["grep", "-rlE", "XDG_CACHE|gettempdir", "riformer", "--include=*.py"]
+    command = ["grep", "-rlE", "XDG_CACHE|gettempdir", "riformer", "riformer_runtime", "--include=*.py"]
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert files == ["riformer/caches.py"]
+    assert files == ["riformer_runtime/caches.py"]

@@ -9,14 +9,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from riformer.runtime.predict import predict
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import riformer  # noqa: F401  (registers the networks)
 from riformer.config import DataConfig
 from riformer.model.preprocessing import preprocessing_of
+from riformer.runtime.runner import Eager
 from riformer.study.evaluation import evaluate_model
+from riformer_runtime import predict
 from riformer_runtime.preprocess import CROP_MODES, MAX_ASPECT, Preprocessing, cut_long
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -32,7 +33,7 @@ def noise(width: int, height: int) -> Image.Image:
 def test_ordinary_images_are_transformed_as_by_timm(size: tuple[int, int], mode: str) -> None:
     ours = Preprocessing((3, 24, 24), 0.9, mode, "bicubic", MEAN, STD)
     timms = create_transform((3, 24, 24), crop_pct=0.9, crop_mode=mode, interpolation="bicubic", mean=MEAN, std=STD)
-    torch.testing.assert_close(ours(noise(*size)), timms(noise(*size)), atol=0, rtol=0)
+    np.testing.assert_array_equal(ours(noise(*size)), timms(noise(*size)))
 
 
 CONFIGS = [
@@ -56,7 +57,7 @@ def test_it_is_timms_for_what_the_model_carries(config: dict[str, Any]) -> None:
     model = network(**config)
     expected = create_transform(**resolve_model_data_config(model))
     for size in ((50, 30), (30, 50), (17, 90), (200, 200)):
-        torch.testing.assert_close(preprocessing_of(model)(noise(*size)), expected(noise(*size)), atol=0, rtol=0)
+        np.testing.assert_array_equal(preprocessing_of(model)(noise(*size)), expected(noise(*size)))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_prediction_and_evaluation_see_the_same_inputs(config: dict[str, Any], i
     result = evaluate_model(model, DataConfig(name=f"folder:{image_folder}", num_workers=0))["as saved"]
     paths = sorted(image_folder.rglob("*.png"))
     losses, right = [], 0
-    for path, prediction in zip(paths, predict(model, paths, top_k=3), strict=True):
+    for path, prediction in zip(paths, predict(Eager(model), paths, top_k=3), strict=True):
         losses.append(-math.log(dict(prediction.classes)[path.parent.name]))
         right += prediction.classes[0][0] == path.parent.name
     assert len(paths) == result.num_images == 60
@@ -82,10 +83,11 @@ def test_grey_networks_see_grey_images() -> None:
     grey = np.asarray(noise(24, 24).convert("L"), dtype=np.float32) / 255
     used = preprocessing_of(model)
     transform = Preprocessing((1, 24, 24), 1.0, used.crop_mode, used.interpolation, used.mean, used.std)
-    torch.testing.assert_close(transform(noise(24, 24))[0], torch.from_numpy((grey - 0.5) / 0.25))
+    np.testing.assert_allclose(transform(noise(24, 24))[0], (grey - 0.5) / 0.25, rtol=1e-6)
     for mode in CROP_MODES:
         model.pretrained_cfg["crop_mode"] = mode
-        assert model(preprocessing_of(model)(noise(50, 20))[None]).shape == (1, 3)
+        images = torch.from_numpy(preprocessing_of(model)(noise(50, 20))[None])
+        assert model(images).shape == (1, 3)
 
 
 def test_random_interpolation_is_bilinear_and_one_number_counts_for_all_channels() -> None:
@@ -117,11 +119,8 @@ def test_thin_images_are_cut_around_their_centre_before_they_are_resized(size: t
     middle = cut_long(image)
     assert max(middle.size) == MAX_ASPECT * min(size)
     transform = Preprocessing((3, 24, 24), 0.9, "center", "bicubic", (0, 0, 0), (1, 1, 1))
-    resized = [step for step in transform.transforms if "Resize" in repr(step)]
-    assert len(resized) == 1
-    assert max(resized[0](middle).size) <= MAX_ASPECT * 27
-    expected = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 24, 24)
-    torch.testing.assert_close(transform(image), expected)
+    expected = np.broadcast_to(np.array([1.0, 0, 0], np.float32)[:, None, None], (3, 24, 24))
+    np.testing.assert_array_equal(transform(image), expected)
 
 
 def test_the_cut_keeps_what_the_crop_would_have_kept() -> None:
@@ -129,4 +128,4 @@ def test_the_cut_keeps_what_the_crop_would_have_kept() -> None:
     timms = create_transform((3, 24, 24), crop_pct=0.9, interpolation="bicubic", mean=MEAN, std=STD)
     ours = Preprocessing((3, 24, 24), 0.9, "center", "bicubic", MEAN, STD)
     assert cut_long(image).size != image.size
-    torch.testing.assert_close(ours(image), timms(image), atol=0.05, rtol=0)
+    np.testing.assert_allclose(ours(image), timms(image), atol=0.05)

@@ -288,7 +288,7 @@ def test_eval_batches_cover_each_image_once(digits: Dataset, world_size: int, nu
     assert labels.dtype == torch.int64
     assert sorted(labels.tolist()) == list(range(10))
     transform = preprocessing(data)
-    expected = torch.stack([transform(numbered.read(i)) for i in labels.tolist()])
+    expected = torch.from_numpy(np.stack([transform(numbered.read(i)) for i in labels.tolist()]))
     torch.testing.assert_close(torch.cat([pixels for pixels, _ in batches]), expected, atol=0, rtol=0)
 
 

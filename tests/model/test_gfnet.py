@@ -13,11 +13,11 @@ from tiny import images, randomised
 from torch.testing import assert_close
 
 import riformer
-from riformer.export.engines import same_signal_stack
 from riformer.model.gfnet import GFNet
 from riformer.model.keys import fit_state
 from riformer.model.variants import GFNETS
 from riformer.model.weights import convert, identify
+from riformer_runtime.engines import same_signal_stack
 
 NUM_PARAMS = {"gfnet_h_ti": 15_085_096, "gfnet_h_s": 32_162_632, "gfnet_h_b": 53_744_200}
 SIZE = dict(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=5, img_size=64)

@@ -6,7 +6,6 @@ from tiny import images, randomised, tiny
 from torch import nn
 
 import riformer
-from riformer.runtime import native
 from riformer.runtime import optimize as optimizing
 from riformer.runtime.optimize import BACKENDS, optimize
 from riformer.runtime.parity import compare
@@ -71,7 +70,7 @@ def test_auto_takes_the_native_network_and_falls_back_once(monkeypatch, caplog):
 def test_a_precision_that_the_processor_lacks_is_said_once(monkeypatch, caplog):
     if not supported():
         pytest.skip("no native network here")
-    monkeypatch.setattr(native, "supported", lambda: ("avx2",))
+    monkeypatch.setattr("riformer_runtime.native.library.supported", lambda: ("avx2",))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert optimize(randomised(tiny()), images(), "bf16").parity.max_rel < 1e-5

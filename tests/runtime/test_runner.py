@@ -1,4 +1,4 @@
-"""Parity and prediction."""
+"""Models of PyTorch as runners, and what they predict."""
 
 import io
 
@@ -6,10 +6,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from riformer.runtime.predict import class_names, on_engine, predict
 
 import riformer
+from riformer.runtime.manifest import class_names
 from riformer.runtime.parity import compare
+from riformer.runtime.runner import AsModule, Eager, as_runner
+from riformer_runtime import predict
+from riformer_runtime.engines import describe
 from riformer_runtime.native.library import supported
 
 LOGITS = torch.tensor([[1.0, -4.0], [0.5, 0.25], [2.0, 3.0]])
@@ -55,7 +58,7 @@ def png(color: str) -> io.BytesIO:
 def test_predictions_keep_the_order_whatever_the_batch_and_are_the_models_own():
     model = small(label_names=["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     colors = ["red", "green", "blue", "white", "black"]
-    one, many = (list(predict(model, map(png, colors), top_k=3, batch_size=n)) for n in (1, 4))
+    one, many = (list(predict(Eager(model), map(png, colors), top_k=3, batch_size=n)) for n in (1, 4))
     assert len(one) == 5
     for color, single, batched in zip(colors, one, many, strict=True):
         pixel = torch.tensor(Image.new("RGB", (1, 1), color).getpixel((0, 0))) / 255
@@ -68,7 +71,7 @@ def test_predictions_keep_the_order_whatever_the_batch_and_are_the_models_own():
 
 
 def test_an_unreadable_image_is_an_error_of_its_own():
-    predictions = list(predict(small(), [png("red"), io.BytesIO(b"no image"), png("blue")]))
+    predictions = list(predict(Eager(small()), [png("red"), io.BytesIO(b"no image"), png("blue")]))
     assert [bool(p.error) for p in predictions] == [False, True, False]
     assert predictions[1].classes == ()
 
@@ -83,7 +86,7 @@ def test_class_names_fall_back_to_imagenets_and_to_numbers():
 
 def test_top_k_below_one_is_refused():
     with pytest.raises(ValueError, match="top_k is 0"):
-        list(predict(small(), [png("red")], top_k=0))
+        list(predict(Eager(small()), [png("red")], top_k=0))
 
 
 @pytest.mark.parametrize("backend", ["native", "portable"])
@@ -91,7 +94,7 @@ def test_a_runtime_predicts_like_its_model_with_its_names_and_preprocessing(back
     model = small(label_names=["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     fast = riformer.optimize(model, torch.randn(2, 3, 16, 16), "fp32", backend)
     colors = ["red", "green", "blue"]
-    for one, other in zip(*(predict(m, map(png, colors), top_k=3) for m in (model, fast)), strict=True):
+    for one, other in zip(*(predict(r, map(png, colors), top_k=3) for r in (Eager(model), fast)), strict=True):
         assert dict(one.classes) == pytest.approx(dict(other.classes), abs=1e-4)
 
 
@@ -100,36 +103,44 @@ def test_the_native_network_computes_unless_it_would_be_compiled_for_few_images(
     model = small()
     with monkeypatch.context() as on_new_machine:
         on_new_machine.setenv("XDG_CACHE_HOME", str(tmp_path))
-        same, text = on_engine(model, num_images=1)
-    assert same is model
-    assert text.startswith("engine: eager PyTorch, float32 (for so few images the native network is not compiled")
+        runner, reason = as_runner(model, num_images=1)
+    assert describe(runner) == "eager PyTorch, fp32"
+    assert reason.startswith("for so few images the native network is not compiled")
     assert not list(tmp_path.rglob("*.so"))
-    native, text = on_engine(model, "native", num_images=1)
-    assert text.startswith("engine: native, fp32, ")
-    assert on_engine(model, num_images=1)[1] == on_engine(model)[1] == text  # it is compiled now
+    native, reason = as_runner(model, "native", num_images=1)
+    assert (native.engine, native.precision, reason) == ("native", "fp32", "")
+    assert as_runner(model, num_images=1)[0].engine == as_runner(model)[0].engine == "native"  # it is compiled now
     assert next(iter(predict(native, [png("red")]))).classes
 
 
 def test_what_the_runtime_does_not_take_is_computed_by_pytorch():
     mixing = timm.create_model("riformer_micro", mixer="pooling", num_classes=3).eval()
-    assert on_engine(small(), "eager")[1] == "engine: eager PyTorch, float32"
-    model, text = on_engine(mixing)
-    assert model is mixing
-    assert text.startswith("engine: eager PyTorch, float32 (the model mixes tokens (pooling)")
+    assert as_runner(small(), "eager")[1] == ""
+    runner, reason = as_runner(mixing)
+    assert describe(runner) == "eager PyTorch, fp32"
+    assert reason.startswith("the model mixes tokens (pooling)")
     for network in (mixing, timm.create_model("resnet18", num_classes=3).eval()):
-        assert on_engine(network)[0] is network
-        assert len(next(iter(predict(network, [png("red")]))).classes) == 3
+        assert len(next(iter(predict(as_runner(network)[0], [png("red")]))).classes) == 3
         with pytest.raises(ValueError, match=r"mixes tokens|takes a MetaFormer"):
-            on_engine(network, "portable")
+            as_runner(network, "portable")
+
+
+def test_a_runner_as_a_model_carries_names_and_preprocessing():
+    model = small(label_names=["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    again = AsModule(Eager(model))
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(images), model(images))
+    assert Eager(again).manifest.class_names == ("a", "b", "c")
+    assert Eager(again).manifest.preprocessing == Eager(model).manifest.preprocessing
 
 
 def test_networks_that_predict_no_classes_are_refused():
     with pytest.raises(ValueError, match="no classifier"):
-        list(predict(timm.create_model("riformer_micro", num_classes=0), [png("red")]))
+        list(predict(Eager(timm.create_model("riformer_micro", num_classes=0)), [png("red")]))
     with pytest.raises(ValueError, match="carries no preprocessing"):
-        list(predict(torch.nn.Flatten(), [png("red")]))
+        Eager(torch.nn.Flatten())
     with pytest.raises(ValueError, match="carries 2 class names, but has 3 outputs"):
-        list(predict(small(label_names=["a", "b"]), [png("red")]))
+        Eager(small(label_names=["a", "b"]))
 
 
 def test_logits_that_are_not_finite_name_no_class():
@@ -137,4 +148,4 @@ def test_logits_that_are_not_finite_name_no_class():
     with torch.no_grad():
         model.head.fc.bias.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="logits are not finite"):
-        list(predict(model, [png("red")]))
+        list(predict(Eager(model), [png("red")]))
