@@ -500,7 +500,9 @@ def test_a_run_on_labels_is_shown_without_what_only_a_teacher_or_a_fuse_has(run,
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "out"
-    assert riformer_cli.run("export", [str(run), str(path), "--to", "native", "onnx", "--precision", "fp32"]) == 0
+    with pytest.MonkeyPatch.context() as short:
+        short.setattr("riformer.export.artifact.SECONDS", 0.001)
+        assert riformer_cli.run("export", [str(run), str(path), "--to", "native", "onnx", "--precision", "fp32"]) == 0
     return path
 
 

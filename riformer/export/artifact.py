@@ -211,14 +211,16 @@ def _exported(
     model: nn.Module, target: Target, images: np.ndarray, folder: Path, options: Options, probe: dict[str, np.ndarray]
 ) -> PayloadRunner:
     """The payload, of fixed size where a graph for any size is recorded that only computes the network's own size."""
+    write = partial(target.export, model, torch.from_numpy(images), folder)
+    if can_collapse(model) or options.inside == "resize":
+        return write(options)
     try:
-        runner = target.export(model, torch.from_numpy(images), folder, options)
+        runner = write(options)
         if not runner.payload.any_size or not check_runner(runner, probe).problem:
             return runner
-    except RuntimeError:
-        if can_collapse(model) or options.inside == "resize":
-            raise
-    return target.export(model, torch.from_numpy(images), folder, replace(options, any_size=False))
+    except RuntimeError:  # from the recording, or from the engine at another size
+        pass
+    return write(replace(options, any_size=False))
 
 
 def _rates_by_form(model: nn.Module, target: Target, images: np.ndarray, options: Options) -> dict[str, float]:
