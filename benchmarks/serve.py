@@ -171,13 +171,13 @@ def measured(
 ) -> dict[str, Any]:
     """Rates in turns, latencies, errors and memory."""
     clients, num_images, requests, rounds = given
+    repeats = max(1, clients * num_images // len(files))  # so that turns are about as long
     load.run(clients, 1)
-    engine_rate(runner, inputs)
     rates: dict[str, list[float]] = {"engine": [], "predict": [], "served": []}
     load.seconds.clear()
     for _ in range(rounds):
-        rates["engine"].append(engine_rate(runner, inputs))
-        rates["predict"].append(predict_rate(runner, files))
+        rates["engine"].append(engine_rate(runner, inputs * repeats))
+        rates["predict"].append(predict_rate(runner, files * repeats))
         rates["served"].append(load.run(clients, num_images))
     full = latencies(load.seconds)
     load.seconds.clear()
