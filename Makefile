@@ -10,10 +10,11 @@ RUNS := runs/quickstart
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-quickstart: install ## trains, compares, fuses, evaluates, predicts and reports on the built-in digits, in minutes
+quickstart: install ## trains, compares, fuses, exports, predicts and reports on the built-in digits, in minutes
 	$(BIN)/riformer ladder --recipe quickstart --seeds 0 1 2 --jobs 2 --out $(RUNS)
 	$(BIN)/riformer fuse $(RUNS)/quickstart-seed0 $(RUNS)/riformer-digits.safetensors
-	$(BIN)/riformer predict $(RUNS)/riformer-digits.safetensors examples/digits --top-k 2
+	$(BIN)/riformer export $(RUNS)/quickstart-seed0 $(RUNS)/exported
+	$(BIN)/riformer predict $(RUNS)/exported examples/digits --top-k 2
 	$(BIN)/riformer report $(RUNS)
 
 test: install ## the tests, in minutes

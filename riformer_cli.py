@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import version
 from io import TextIOWrapper
 from types import ModuleType
 from typing import Any
@@ -80,6 +79,8 @@ def run(verb: str, argv: list[str]) -> int:
         print(HELP.format(verbs="\n".join(f"  {name:9} {text}" for name, text in VERBS.items())), end="")  # noqa: T201
         return 0
     if verb == "--version":
+        from importlib.metadata import version  # here, because it takes as long to import as all else in this file
+
         print(f"riformer {version('riformer')}")  # noqa: T201
         return 0
     if verb not in VERBS:

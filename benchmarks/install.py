@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
-from options import of_machine, options
+from options import RESULTS, options
 from PIL import Image
 
 from riformer.atomic import write_text
@@ -32,7 +32,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def main() -> None:
-    given = options(__doc__, of_machine() / "install.json").parse_args()
+    given = options(__doc__, RESULTS / "install.json").parse_args()
     name, size, targets = ("riformer_s12", 224, ["native", "onnx", "openvino"])
     if given.smoke:
         name, size, targets = ("riformer_micro", 32, ["native"])

@@ -9,7 +9,6 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -237,6 +236,8 @@ def engine(name: str) -> Engine:
     if name in ENGINES:
         found = ENGINES[name]
     else:
+        from importlib.metadata import entry_points  # here, because it takes longer to import than an image to compute
+
         named = [point for point in entry_points(group="riformer.engines") if point.name == name]
         if not named:
             raise ValueError(f"no engine {name!r}; known are {', '.join(ENGINES)}, and others with riformer[train]")

@@ -11,6 +11,9 @@ The policy:
     - palettes, CMYK, YCbCr and 1-bit converted by PIL; colour profiles ignored.
 """
 
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +34,9 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """PIL's names of the formats that are read, each with its file suffixes. Left out are formats that start other
 programs (EPS), that have no signature (TGA), or that hold no photographs."""
+
+PLUGINS = ("Avif", "Bmp", "Gif", "Jpeg", "Jpeg2K", "Png", "Ppm", "Qoi", "Tiff", "WebP")
+"""Pillow's modules that read `FORMATS`."""
 
 EXTENSIONS = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 """File suffixes that count as images, in lower case."""
@@ -90,8 +96,7 @@ def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
     file.seek(0)
     if not file.read(1):
         raise ValueError("the file is empty")
-    Image.init()
-    image: Image.Image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    image: Image.Image = Image.open(file, formats=_formats())
     width, height = image.size
     if width * height > max_pixels:
         raise TooManyPixelsError(f"{width} x {height} pixels are more than the {max_pixels} allowed")
@@ -99,6 +104,15 @@ def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
     turn = _TURNS.get(_orientation(image))
     image = _to_rgb(image)
     return image if turn is None else image.transpose(turn)
+
+
+@cache
+def _formats() -> list[str]:
+    """The formats that this version of Pillow can read. `Image.init()` would take longer: it imports all plugins."""
+    for name in PLUGINS:
+        with suppress(ImportError):  # older versions have no AVIF
+            import_module(f"PIL.{name}ImagePlugin")
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _orientation(image: Image.Image) -> int:

@@ -45,6 +45,11 @@ PACKAGES = ("riformer", "riformer_runtime")
 # Imports of the package inside a function, each with its reason; avoiding an import circle is not one.
 LATE_IMPORTS = {
     ("riformer/runtime/optimize.py", "riformer.runtime.cuda"),  # needs Triton, which a PyTorch for CPUs does not have
+    # FastAPI and uvicorn are an extra, and take longer to import than the verb's other steps take together.
+    *(
+        ("riformer_runtime/cli/serve.py", f"riformer_runtime.serve.{name}")
+        for name in ("app", "limits", "samples", "server", "service")
+    ),
 }
 
 

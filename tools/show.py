@@ -64,6 +64,16 @@ def shares(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def installations(result: dict[str, Any]) -> str:
+    """What each installation weighs as Markdown, and the time to its first answer."""
+    lines = ["| pip install | engine | environment | first answer, beside `python -c pass` |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        times = row["times_python"]
+        spread = f"{times['median']:.0f}× ({times['low']:.0f} to {times['high']:.0f})"
+        lines.append(f"| `{row['install']}` | {row['engine']} | {row['size_mb']:.0f} MB | {spread} |")
+    return "\n".join(lines)
+
+
 def headline(result: dict[str, Any]) -> str:
     """The runtime in bf16 beside eager float32 and the fastest other engine, of eight images on one thread."""
     group = next(group for group in result["groups"] if (group["batch_size"], group["num_threads"]) == (8, 1))
@@ -101,6 +111,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     sentences = "\n".join(comparison.headline())
     return {
         ROOT / "docs" / "speed.md": made,
+        ROOT / "docs" / "deploy.md": {"install": installations(read("install"))},
         ROOT / "docs" / "results.md": {"ladder_headline": sentences, "ladder": markdown(comparison, LADDER)},
         ROOT / "README.md": {"speed": headline(read("amx/cpu_riformer_s12")), "ladder": sentences},
     }
