@@ -140,10 +140,10 @@ def resident_mib(url: str) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__, of_machine() / "serve.json", rounds=5)
+    parser = options(__doc__, of_machine() / "serve.json", rounds=10)
     parser.add_argument("--model", default="riformer_s12", help="as for riformer bench; a name has random weights")
     parser.add_argument("--clients", type=int, default=200, help="at once")
-    parser.add_argument("--images", type=int, default=2, help="of each client in a turn")
+    parser.add_argument("--images", type=int, default=1, help="of each client in a turn")
     parser.add_argument("--requests", type=int, default=10_000, help="over which memory is watched")
     given = parser.parse_args()
     model, size = (given.model, 256) if not given.smoke else ("riformer_micro", 32)
@@ -171,13 +171,13 @@ def measured(
 ) -> dict[str, Any]:
     """Rates in turns, latencies, errors and memory."""
     clients, num_images, requests, rounds = given
+    repeats = max(1, clients * num_images // len(files))  # so that turns are about as long
     load.run(clients, 1)
-    engine_rate(runner, inputs)
     rates: dict[str, list[float]] = {"engine": [], "predict": [], "served": []}
     load.seconds.clear()
     for _ in range(rounds):
-        rates["engine"].append(engine_rate(runner, inputs))
-        rates["predict"].append(predict_rate(runner, files))
+        rates["engine"].append(engine_rate(runner, inputs * repeats))
+        rates["predict"].append(predict_rate(runner, files * repeats))
         rates["served"].append(load.run(clients, num_images))
     full = latencies(load.seconds)
     load.seconds.clear()

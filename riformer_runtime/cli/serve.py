@@ -33,6 +33,9 @@ anything is decoded.
 Ctrl-C or SIGTERM stops: what was accepted is still answered, what comes then is refused with 503. A second one ends the
 process at once.
 
+The samples on the page are those in the artefact, which are images of the training data: whoever may use the server
+sees them.
+
 The description of the API is at /docs, counters for Prometheus are at /metrics, and /health and /ready are for load
 balancers."""
 

@@ -7,8 +7,10 @@ own. While that one is computed the next fills up, so under load batches are ful
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -62,8 +64,9 @@ class Batcher:
         self.runner = runner
         self._name, self._metrics, self._max_wait = name, metrics, max_wait
         self._batch_size = 1 if inside_of(runner) == "resize" else batch_size
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
-        # Images that are decoded take memory: a batch that is computed, one that fills up, and a few in decoding.
+        self._waiting: deque[_Waiting] = deque()
+        self._changed = asyncio.Event()  # an image came, or a batch is computed
+        # Images that are decoded take memory: a batch that is computed, the next one, and a few that are being read.
         self._room = asyncio.Semaphore(2 * self._batch_size + 2)
 
     async def __call__(self, read: Callable[[], np.ndarray], top_k: int, readers: Executor) -> Labelled:
@@ -84,39 +87,49 @@ class Batcher:
             image = await loop.run_in_executor(readers, read)
             now = time.perf_counter()
             answer = loop.create_future()
-            self._queue.put_nowait(_Waiting(image, top_k, now - started, now, answer))
+            self._waiting.append(_Waiting(image, top_k, now - started, now, answer))
+            self._changed.set()
             return await answer
 
     async def run(self, computer: Executor) -> None:
         """Computes batches until it is cancelled.
 
+        A batch that is full is handed over while the one before is computed, so that the processors never wait.
+
         Args:
             computer: a thread; shared by all models, since one network uses all processors.
         """
-        loop = asyncio.get_running_loop()
+        before: asyncio.Task | None = None
+        current: asyncio.Task | None = None
         while True:
-            batch = await self._next_batch()
-            for waiting, found in zip(batch, await loop.run_in_executor(computer, self._compute, batch), strict=True):
-                if waiting.answer.done():  # the request was cancelled
-                    continue
-                if isinstance(found, Exception):
-                    waiting.answer.set_exception(found)
-                else:
-                    waiting.answer.set_result(found)
+            batch = await self._next_batch(current)
+            if before:
+                await before
+            before, current = current, asyncio.create_task(self._answer(batch, computer))
 
-    async def _next_batch(self) -> list[_Waiting]:
-        """What waits, at most a batch; if that is less, also what comes before the first has waited long enough."""
-        batch = [await self._queue.get()]
-        while len(batch) < self._batch_size:
-            remaining = batch[0].since + self._max_wait - time.perf_counter()
-            try:
-                if self._queue.empty() and remaining > 0:
-                    batch.append(await asyncio.wait_for(self._queue.get(), remaining))
-                else:
-                    batch.append(self._queue.get_nowait())
-            except (asyncio.QueueEmpty, TimeoutError):
-                break
-        return batch
+    async def _next_batch(self, current: asyncio.Task | None) -> list[_Waiting]:
+        """Waits for a full batch; or, once `current` is computed, until the first image has waited long enough."""
+        while len(self._waiting) < self._batch_size:
+            seconds = None
+            if self._waiting and (current is None or current.done()):
+                seconds = self._waiting[0].since + self._max_wait - time.perf_counter()
+                if seconds <= 0:
+                    break
+            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), seconds)
+        return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch_size))]
+
+    async def _answer(self, batch: Sequence[_Waiting], computer: Executor) -> None:
+        loop = asyncio.get_running_loop()
+        for waiting, found in zip(batch, await loop.run_in_executor(computer, self._compute, batch), strict=True):
+            if waiting.answer.done():  # the request was cancelled
+                continue
+            if isinstance(found, Exception):
+                waiting.answer.set_exception(found)
+            else:
+                waiting.answer.set_result(found)
+        loop.call_soon(self._changed.set)  # when this task is done
 
     def _compute(self, batch: Sequence[_Waiting]) -> Sequence[Labelled | Exception]:
         """What was found for each image. If the network fails on several, each is tried alone: one spoils no other."""

@@ -45,7 +45,9 @@ def warm_up(models: Sequence[Model]) -> None:
     Raises:
         RuntimeError: an engine fails.
     """
-    Image.init()
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    read_image(file)
     for model in models:
         model.runner(np.zeros((1, *model.runner.manifest.preprocessing.input_size), np.float32))
 

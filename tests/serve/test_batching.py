@@ -112,6 +112,32 @@ def test_images_are_read_no_faster_than_they_are_computed():
     assert len(read) == 50
 
 
+def test_a_full_batch_is_handed_over_while_one_is_computed_and_no_more_than_that():
+    runner, handed = Counter(), []
+    runner.release.clear()
+
+    class Noting(ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            handed.append(len(arguments[0]))
+            return super().submit(function, *arguments)
+
+    async def working():
+        batcher = Batcher("counter", runner, 2, 0.0, Metrics())
+        with ThreadPoolExecutor(2) as readers, Noting(1) as computer:
+            task = asyncio.create_task(batcher.run(computer))
+            tasks = [asyncio.create_task(batcher(lambda i=i: image(i), 1, readers)) for i in range(20)]
+            await asyncio.sleep(0.1)
+            before = list(handed)
+            runner.release.set()
+            answers = await asyncio.gather(*tasks)
+            task.cancel()
+            return before, answers
+
+    before, answers = asyncio.run(working())
+    assert before[1:] == [2]
+    assert [answer.classes[0][0] for answer in answers] == list(map(str, range(20)))
+
+
 def test_a_lone_image_does_not_wait_for_a_full_batch():
     async def alone(label):
         return await asyncio.wait_for(label(7), 30)
