@@ -12,6 +12,7 @@ from few_digits import few_digits
 from riformer.config import DataConfig
 from riformer.data import builtin
 from riformer.data.dataset import open_dataset
+from riformer.export import artifact, int8
 from riformer.study import evaluation
 
 torch.set_num_threads(1)
@@ -31,19 +32,24 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def _not_the_users_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _not_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One for all tests, so that the native network is compiled once."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_measurements() -> Iterator[None]:
-    """Evaluations measure speeds, which no test compares, for a moment only."""
+    """Evaluations and exports measure speeds, which no test compares, for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
+        for module in (artifact, int8):
+            patch.setattr(module, "ROUNDS", 3)
+            patch.setattr(module, "SECONDS", 0.002)
         patch.setattr(evaluation, "SPEED_ROUNDS", 3)
         patch.setattr(evaluation, "SPEED_SECONDS", 0.001)
         yield

@@ -65,7 +65,6 @@ CASES = [
 @pytest.mark.parametrize(("config", "inside"), CASES)
 def test_files_of_all_kinds_get_the_same_probabilities(config, inside, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_rates_by_form", lambda *arguments: {})
-    monkeypatch.setattr(exporting, "SECONDS", 0.001)
     model = network(**config)
     expected = by_timm(model, paths)
     assert len(paths) >= 60
