@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from riformer_runtime.preprocess import Preprocessing
-from riformer_runtime.validate import CountOrZero, build, refusals
+from riformer_runtime.validate import CountOrZero, build, refusal, refusals
 
 FORMAT = 1
 MANIFEST, PROBE = "manifest.json", "probe.npz"
@@ -132,12 +132,7 @@ class Manifest:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         wrong = [*refusals(replace(manifest, payloads=()), ""), *(r for p in payloads for r in refusals(p, "payload."))]
-        names = [file for payload in payloads for file in payload.files]
-        wrong += [f"payload file {file!r} is no plain name" for file in names if Path(file).name != file or not file]
-        wrong += [f"payload {payload} has no file" for payload in payloads if not payload.files]
-        if len(manifest.class_names) != manifest.num_classes:
-            wrong.append(f"{len(manifest.class_names)} class names for {manifest.num_classes} classes")
-        if wrong:
+        if wrong or (wrong := _contradictions(manifest)):
             raise ValueError(f"{name}: {wrong[0]}")
         return manifest
 
@@ -221,6 +216,20 @@ def file_sum(path: str | Path) -> str:
     """SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """What cannot be in a manifest though each value is of its type."""
+    wrong = []
+    for payload in manifest.payloads:
+        names = [file for file in payload.files if Path(file).name != file or not file]
+        wrong += [f"payload file {file!r} is no plain name" for file in names]
+        if not payload.files:
+            wrong.append(f"payload {payload} has no file")
+        wrong.append(refusal("payload.speed.images_per_s", payload.speed.get("images_per_s", 0.0), float))
+    if len(manifest.class_names) != manifest.num_classes:
+        wrong.append(f"{len(manifest.class_names)} class names for {manifest.num_classes} classes")
+    return [reason for reason in wrong if reason]
 
 
 def _text(content: Mapping[str, Any]) -> str:

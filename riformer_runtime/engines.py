@@ -78,7 +78,14 @@ class PayloadRunner:
         if not len(images):
             return np.empty((0, self.manifest.num_classes), np.float32)
         with _errors_of(describe(self)):
-            return self._in_batches(images) if self.payload.batch else self._compute(images)
+            logits = self._in_batches(images) if self.payload.batch else self._compute(images)
+        num_classes = self.manifest.num_classes or logits.shape[-1]  # without a classifier they are features
+        if logits.shape != (len(images), num_classes):
+            expected_shape = [len(images), num_classes]
+            raise RuntimeError(
+                f"{describe(self)} gives logits {list(logits.shape)}, but the manifest says {expected_shape}"
+            )
+        return logits
 
     def _in_batches(self, images: np.ndarray) -> np.ndarray:
         """In batches of the one size that the payload takes, the last filled up."""

@@ -5,6 +5,7 @@ A range is part of the hint, as in `Annotated[float, Range(0, 1)]`. Floats must 
 
 import json
 import math
+import sys
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -57,7 +58,7 @@ def conforms(value: Any, hint: Any) -> bool:
     if hint is Any:
         return _is_json(value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

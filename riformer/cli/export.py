@@ -90,7 +90,7 @@ def layout_verb(argv: list[str]) -> int:
     artifact = Artifact(options.artifact)
     name = options.name or Path(options.artifact).resolve().stem
     version = write_repository(artifact, options.repository, options.server, name)
-    console.print(f"{version}: {' '.join(sorted(file.name for file in version.iterdir()))}")
+    console.print(f"{version}: {' '.join(sorted(file.name for file in version.iterdir()))}", soft_wrap=True)
     return 0
 
 

@@ -1,7 +1,7 @@
 """What exporters share: the graph that they write, and the payload that they return."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -115,4 +115,8 @@ def opened(
         batch=1 if options.inside == "resize" else batch,
         any_size=any_size,
     )
-    return open_file(files[0], payload, manifest_of(model), options.threads)
+    manifest = manifest_of(model)
+    if not any_size:
+        preprocessing = replace(manifest.preprocessing, input_size=tuple(example.shape[1:]))
+        manifest = replace(manifest, preprocessing=preprocessing)
+    return open_file(files[0], payload, manifest, options.threads)

@@ -26,7 +26,7 @@ class Network:
 
     def __init__(self, weights: NetworkWeights, instruction_set: str, products: str, *more_flags: str):
         self.instruction_set, self.products = instruction_set, products
-        self.num_outputs = len(weights.head_bias)
+        self.in_chans, self.num_outputs = weights.in_chans, len(weights.head_bias)
         self._library = library = build(instruction_set, *more_flags)
         self._network = library.riformer_new(products.encode())
         if not self._network:
@@ -50,9 +50,12 @@ class Network:
         Shape: images [N, C, H, W], any N, H and W that leave a token -> [N, K] in float32.
 
         Raises:
+            ValueError: images of another number of channels.
             MemoryError: no memory for this many images of this size.
         """
-        num, _, height, width = images.shape
+        num, channels, height, width = images.shape
+        if channels != self.in_chans:
+            raise ValueError(f"images have {channels} channels, but the weights are for {self.in_chans}")
         (pixels,) = _floats(images)
         logits = np.empty((num, self.num_outputs), np.float32)
         if num:

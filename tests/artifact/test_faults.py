@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from riformer_runtime.artifact import Artifact, Manifest, Payload, _text, file_sum, manifest_behind_graph
+from riformer_runtime.engines import open_file
+from riformer_runtime.native.library import supported
 from riformer_runtime.native.weights import BlockWeights, ConvWeights, NetworkWeights, read_weights, write_weights
 from riformer_runtime.preprocess import Preprocessing
 
@@ -127,6 +129,10 @@ def rewritten(artifact: Path, folder: Path, change) -> Path:
         (lambda m: m["payloads"][0].update(files={"absent": "0"}), "absent is missing"),
         (lambda m: m["payloads"][0].update(precision="fp7"), "fp7"),
         (lambda m: m["payloads"][0].update(batch=-1), "batch is -1"),
+        (lambda m: m["payloads"][0].update(files=3), "files is 3"),
+        (lambda m: m["payloads"][0]["speed"].update(images_per_s="fast"), "images_per_s is 'fast'"),
+        (lambda m: m.update(class_names=3), "class-names is 3"),
+        (lambda m: m["preprocessing"].update(mean=[10**400, 0, 0]), "mean is"),
     ],
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(artifact, tmp_path, change, message):
@@ -210,3 +216,17 @@ def test_weights_that_are_no_floats_or_not_finite_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no weights")
     with pytest.raises(ValueError, match="holds no weights"):
         read_weights(tmp_path / "text.npz")
+
+
+@pytest.mark.skipif(not supported(), reason="no native network here")
+@pytest.mark.parametrize("change", ["channels", "classes"])
+def test_weights_that_are_not_the_manifests_never_compute(tmp_path, change):
+    write_weights(weights(), tmp_path / "native.npz")  # 3 channels, 5 classes
+    channels, num_classes = (1, 5) if change == "channels" else (3, 4)
+    ones = (0.5,) * channels
+    preprocessing = Preprocessing((channels, 32, 32), 0.9, "center", "bicubic", ones, ones)
+    manifest = Manifest("riformer", {}, "deploy", num_classes, tuple("abcde"[:num_classes]), preprocessing)
+    payload = Payload("native", "fp32", {"native.npz": file_sum(tmp_path / "native.npz")})
+    runner = open_file(tmp_path / "native.npz", payload, manifest)
+    with pytest.raises((ValueError, RuntimeError), match=r"weights are for 3|the manifest says \[2, 4\]"):
+        runner(np.zeros((2, channels, 32, 32), np.float32))

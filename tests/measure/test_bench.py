@@ -10,7 +10,6 @@ from tiny import images, tiny
 
 from riformer import cli
 from riformer.cli.tables import print_bench
-from riformer.export import engines as backends
 from riformer.export.engines import ENGINES, Engine
 from riformer.measure import bench as module
 from riformer.measure.bench import Competitor, bench, competitors, measure, open_network, peak_mib
@@ -171,7 +170,7 @@ def signal_stack():
 def test_networks_of_openvino_leave_no_freed_signal_stack_behind():
     """Otherwise the next signal that Python handles ends the process."""
     before = signal_stack()
-    first, second = (backends.openvino(torch.nn.Linear(4, 4), torch.zeros(1, 4), "fp32") for _ in range(2))
+    first, second = (ENGINES["openvino"].build(tiny().eval(), images(), "fp32") for _ in range(2))
     assert signal_stack() == before
     del first
     del second
@@ -183,8 +182,8 @@ def test_int8_without_its_engine_is_explained(monkeypatch):
 
     for name, extra in (("onnxruntime", "onnxruntime"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, extra, None)
-        with pytest.raises(RuntimeError, match=r"riformer\[export\]"):
-            getattr(backends, name)(tiny(), images(), "fp32")
+        with pytest.raises(RuntimeError, match=r"pip install 'riformer\[(export|onnx)\]'"):
+            ENGINES[name].build(tiny(), images(), "fp32")
 
 
 def test_the_verb_prints_error_and_limit_beside_every_speed(tmp_path, capsys):
