@@ -89,9 +89,10 @@ def run(verb: str, argv: list[str]) -> int:
     with interrupts_end_the_process():
         if verb in WITHOUT_TORCH:
             from riformer_runtime import cli as runtime
-
-            return runtime.run(verb, runtime.VERBS[verb], argv, *([open_model] if verb in OPEN_MODELS else []))
-        cli = full_installation(verb)
+        else:
+            cli = full_installation(verb)
+    if verb in WITHOUT_TORCH:
+        return runtime.run(verb, runtime.VERBS[verb], argv, *([open_model] if verb in OPEN_MODELS else []))
     return cli.run(verb, argv)
 
 

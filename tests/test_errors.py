@@ -21,6 +21,7 @@ import riformer_cli
 from riformer import cli
 from riformer.train.loop import train
 from riformer.train.run import Run
+from riformer_runtime import cli as runtime_cli  # noqa: F401
 from riformer_runtime.cli.console import Console
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,20 @@ def test_an_interrupt_says_whether_there_is_anything_to_resume(monkeypatch, caps
     raising(monkeypatch, KeyboardInterrupt(), verb)
     assert cli.run(verb, []) == 130
     assert capsys.readouterr().err == f"riformer {verb}: interrupted{advice}\n"
+
+
+@pytest.mark.parametrize(("verb", "table"), [("check", "riformer_runtime.cli.VERBS"), ("list", "riformer.cli.VERBS")])
+def test_an_interrupt_reaches_a_verb_that_runs(monkeypatch, capsys, verb: str, table: str) -> None:
+    """While modules are imported it ends the process; a verb can then save or show what it has done."""
+
+    def action(argv: list[str]) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+    module, _, name = table.rpartition(".")
+    monkeypatch.setitem(getattr(sys.modules[module], name), verb, action)
+    assert riformer_cli.run(verb, []) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["closed", "full", "no reader"])
