@@ -72,8 +72,7 @@ class Manifest:
 
     Attributes:
         architecture: timm's name of the network.
-        args: arguments of its constructor.
-        form: "deploy" for a fused RIFormer; "training" for every other network.
+        form: "deploy" for a fused RIFormer, as all exported ones are; "training" for every other network.
         num_classes: number of logits.
         class_names: one for each logit.
         preprocessing: from an RGB image to the network's input.
@@ -84,7 +83,6 @@ class Manifest:
     """
 
     architecture: str
-    args: dict[str, Any]
     form: str
     num_classes: int
     class_names: tuple[str, ...]

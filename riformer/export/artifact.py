@@ -147,6 +147,7 @@ def export(
         np.savez_compressed(work / PROBE, **probe)
         manifest = replace(
             manifest_of(model),
+            form="deploy" if can_collapse(model) else "training",
             source={"weights_sha256": _weights_sum(model), "probe_of": samples.name, **(source or {})},
             environment=environment(1),
             probe=file_sum(work / PROBE),

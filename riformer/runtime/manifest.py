@@ -21,7 +21,6 @@ def manifest_of(model: nn.Module) -> Manifest:
     is_deploy = isinstance(model, MetaFormer) and set(model.mixers) == {"identity"}
     return Manifest(
         architecture=str(config.get("architecture") or type(model).__name__),
-        args={},
         form="deploy" if is_deploy else "training",
         num_classes=int(cast(Any, model).num_classes),
         class_names=tuple(class_names(model)),

@@ -23,7 +23,7 @@ def artifact(tmp_path_factory) -> Path:
     folder, rng = tmp_path_factory.mktemp("artifact") / "out", np.random.default_rng(0)
     folder.mkdir()
     preprocessing = Preprocessing((3, 32, 32), 0.9, "center", "bicubic", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-    manifest = Manifest("riformer_micro", {}, "deploy", 3, ("cat", "dog", "bird"), preprocessing)
+    manifest = Manifest("riformer_micro", "deploy", 3, ("cat", "dog", "bird"), preprocessing)
     payload = Payload("onnxruntime", "fp32", {"graph": ""})
     (folder / "fp32.onnx").write_bytes(manifest_behind_graph(rng.bytes(3000), replace(manifest, payloads=(payload,))))
     write_weights(weights(), folder / "native.npz")
@@ -225,7 +225,7 @@ def test_weights_that_are_not_the_manifests_never_compute(tmp_path, change):
     channels, num_classes = (1, 5) if change == "channels" else (3, 4)
     ones = (0.5,) * channels
     preprocessing = Preprocessing((channels, 32, 32), 0.9, "center", "bicubic", ones, ones)
-    manifest = Manifest("riformer", {}, "deploy", num_classes, tuple("abcde"[:num_classes]), preprocessing)
+    manifest = Manifest("riformer", "deploy", num_classes, tuple("abcde"[:num_classes]), preprocessing)
     payload = Payload("native", "fp32", {"native.npz": file_sum(tmp_path / "native.npz")})
     runner = open_file(tmp_path / "native.npz", payload, manifest)
     with pytest.raises((ValueError, RuntimeError), match=r"weights are for 3|the manifest says \[2, 4\]"):

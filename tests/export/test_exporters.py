@@ -160,7 +160,7 @@ def test_an_artifact_is_replaced_whole_and_keeps_what_is_not_its_own(tmp_path):
         network(), out, Samples("noise", pictures()), ["native"], ["fp32", "bf16"], source={"run": "a"}
     ).artifact
     assert [str(payload) for payload in first.payloads] == ["native fp32", "native bf16"]
-    assert first.manifest.source["run"] == "a"
+    assert (first.manifest.source["run"], first.manifest.form) == ("a", "deploy")
     assert len(first.manifest.source["weights_sha256"]) == 64
     assert {file.name for file in out.iterdir()} == {"manifest.json", "probe.npz", "native.npz"}
     assert all(not found.problem and not found.skipped for found in check(first))

@@ -30,7 +30,7 @@ def artifact(tmp_path) -> Artifact:
         for i, (engine, names) in enumerate(groups.items())
     ]
     preprocessing = Preprocessing((3, 48, 32), 0.9, "center", "bicubic", (0.5,) * 3, (0.2,) * 3)
-    manifest = Manifest("riformer_micro", {}, "deploy", 2, ("tabby cat", "line\nend"), preprocessing)
+    manifest = Manifest("riformer_micro", "deploy", 2, ("tabby cat", "line\nend"), preprocessing)
     manifest = Manifest(**{**manifest.__dict__, "payloads": tuple(payloads)})
     (folder / "manifest.json").write_text(manifest.to_json())
     return Artifact(folder)

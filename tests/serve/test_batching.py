@@ -14,7 +14,7 @@ from riformer_runtime.serve.batching import Batcher
 from riformer_runtime.serve.metrics import Metrics
 
 PREPROCESSING = Preprocessing((1, 2, 2), 1.0, "center", "bilinear", (0.0,), (1.0,))
-MANIFEST = Manifest("counter", {}, "training", 100, tuple(map(str, range(100))), PREPROCESSING)
+MANIFEST = Manifest("counter", "training", 100, tuple(map(str, range(100))), PREPROCESSING)
 
 
 class Counter:
