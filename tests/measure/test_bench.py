@@ -19,7 +19,12 @@ from riformer.runtime.parity import compare
 
 QUICK = dict(batch_sizes=[2], img_sizes=[32], threads=[1], rounds=3, seconds=0.001, memory=False)
 BARS = {"fp32": 1e-5, "bf16x3": 5e-5, "bf16": 3e-2, "fp16": 3e-2, "int8": 0.2}
-PRECISIONS = [(name, p) for name, engine in ENGINES.items() for p in engine.precisions if "compile" not in name]
+PRECISIONS = [
+    pytest.param(name, p, marks=[pytest.mark.slow] if (name[:8], p) == ("openvino", "int8") else [])  # NNCF is heavy
+    for name, engine in ENGINES.items()
+    for p in engine.precisions
+    if "compile" not in name
+]
 COMPILED = [
     pytest.param(*pair, marks=pytest.mark.slow) for pair in (("compile", "fp32"), ("compile-collapsed", "bf16"))
 ]

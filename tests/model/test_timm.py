@@ -196,7 +196,9 @@ def test_device_and_dtype_are_arguments_of_create_model(build):
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 @pytest.mark.parametrize("size", [(64, 64), (96, 70)])
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if "matrix" not in name] + ["gfnet"])
-def test_torchscript(mixer, size):
+def test_torchscript(mixer, size, monkeypatch):
+    """With a store of types of its own: torch.jit keeps those of modules that others recorded in the same process."""
+    monkeypatch.setattr(torch.jit._recursive, "concrete_type_store", torch.jit._recursive.ConcreteTypeStore())
     model = randomised(tiny_gfnet() if mixer == "gfnet" else tiny(mixer=mixer)).eval()
     x = images(2, 3, *size)
     assert_close(torch.jit.script(model)(x), model(x))
